@@ -235,8 +235,6 @@ class Images:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             self.bad[self.names[i]] = reason
             tqdm.write(f"skipped {self.names[i]}: {reason}")
-            if len(self.bad) == len(self.names):
-                raise UserError(f"no usable image among {len(self.names)} (the last: {reason})") from None
             return None
         if (len(self.kept) + 1) * image.nbytes <= MEMORY:
             self.kept[i] = image
@@ -265,7 +263,7 @@ def read_image(source, size):
         return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
 
 
-def toy_images(size, count=8192):
+def toy_images(size, count=6144):
     labels = np.arange(count, dtype=np.int64) % len(TOY_CLASSES)
     return Images([f"toy {i}" for i in range(count)], labels, list(TOY_CLASSES), size, lambda i: toy(i, size)[0],
                   f"toy {count}")
@@ -462,6 +460,8 @@ def train_dae(images, indices, config, run, device, dtype):
     seed_step(run.seed, 0)
     ae = daes.Autoencoder(config).to(device)
     adversarial = config.adversarial_weight > 0
+    if adversarial and images.size < 32:
+        raise UserError(f"the discriminator needs images of 32 pixels or more, not {images.size}: --dae-adversarial-weight 0")
     discriminator = daes.Discriminator().to(device) if adversarial else None
     perceptual = daes.perceptual_network() if config.perceptual_weight else None
     if perceptual is not None:
@@ -492,9 +492,10 @@ def train_dae(images, indices, config, run, device, dtype):
     def read_batch(number):
         chosen = []
         for i in batch_indices(run.seed, len(indices), config.batch, number):
-            while (image := images.read(indices[i])) is None:  # a bad image: the next one instead
-                i = (i + 1) % len(indices)
-            chosen.append(image)
+            following = (images.read(indices[(i + k) % len(indices)]) for k in range(len(indices)))
+            chosen.append(next((image for image in following if image is not None), None))   # a bad one: the next instead
+            if chosen[-1] is None:
+                raise UserError(f"no usable image among {len(indices)}: {next(iter(images.bad.items()))}")
         x = to_tensor(chosen)
         mirror = torch.rand(len(x), generator=torch.Generator().manual_seed(number)) < (0.5 if run.flip else 0)
         return torch.where(mirror[:, None, None, None], x.flip(3), x)

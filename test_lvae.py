@@ -1,0 +1,859 @@
+"""Tests of the whole system, on a CPU, in about a minute: `python test_lvae.py [part of a name ...]`, or pytest.
+
+They hold the models against reference values computed with the original code, check the mathematics against independent
+implementations, and run the command lines as a user would, with good input and with bad.
+"""
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import dae
+import lvae
+import sample
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# ---------------------------------------------------------------- helpers
+
+# Two levels of attention, widths that differ, several groups: small, but every kind of layer is there.
+TINY = lvae.Config(resolution=16, data_channels=4, width=32, encoder_width=32, mult=(1,) * 4, ffn=(4,) * 4, groups=(3, 3, 2, 2),
+                   encoder_layers=(2, 3, 2, 1), attention_layers=(2, 1, 0, 0), heads=(4, 8, 0, 0), z_dim=8)
+TINY_CLASSES = dataclasses.replace(TINY, encoder_width=48, ffn=(4, 6, 8, 10), num_classes=10, hierarchical_prior=True)
+SMALL = dae.Config(z_channels=4, width=32, mult=(1, 2), blocks=1, attention=(1,))
+
+
+def filled(module, rename=lambda key: key):
+    """Weights as a function of their names: what the reference values were computed with, without storing weights."""
+    state = {}
+    for key, value in module.state_dict().items():
+        key, shape = rename(key), tuple(value.shape)
+        if not key.endswith(".u"):
+            a = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
+            state[key] = torch.from_numpy(a / np.float32(math.sqrt(math.prod(shape[1:]))) if len(shape) > 1 else
+                                          1 + 0.1 * a if key.endswith("weight") else 0.1 * a)
+    return state
+
+
+def released_name(key):
+    """Our parameter's name in the authors' released weights."""
+    parts = key.split(".")
+    if parts[:2] == ["encoder", "levels"]:
+        parts = ["encoder", "encoder_levels", parts[2], "layer_list", *parts[3:]]
+    elif parts[0] == "levels":
+        parts = ["layer_list", parts[1], "layer_list", *parts[2:]]
+    names = {"qkv": "qkvproj", "out": "outproj", "out_proj": "outproj", "embedding": "embed", "initial": "initial_x"}
+    parts = [names.get(p, p) for p in parts]
+    if any(p in ("prior_block", "posterior_block") for p in parts) and parts[-2] == "dense2":
+        parts.insert(-1, "conv")
+    return ".".join(parts)
+
+
+def reference_model(config):
+    model = lvae.LVAE(dataclasses.replace(config, attention="released")).eval()
+    model.load_state_dict(lvae.from_released(filled(model, released_name)))
+    return model
+
+
+def reference_noise(model, n=2):
+    return [torch.from_numpy(np.random.default_rng(1000 + i).standard_normal((n, *shape), dtype=np.float32))
+            for i, shape in enumerate(model.latent_shapes())]
+
+
+def awake(config, seed=0, scale=1.0):
+    """A model whose zero-initialised and tiny layers have been given weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = lvae.LVAE(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * scale * 0.5 / math.sqrt(max(1, p[0].numel())))
+    return model
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = (t.detach() if torch.is_tensor(t) else torch.tensor(t) for t in (a, b))
+    error = float((a - b).norm() / b.norm().clamp_min(1e-9))
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def picks(x):
+    """Eight values of a (2, 4, 16, 16) tensor."""
+    return x[..., 3::6, 5::9][:, :2].flatten()[:8]
+
+
+@contextlib.contextmanager
+def folder():
+    """A temporary folder that is the current one."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as path:
+        os.chdir(path)
+        try:
+            yield path
+        finally:
+            os.chdir(before)
+
+
+def photos(path, count=10, classes=("left", "right"), size=16):
+    """A folder of small PNGs in class folders."""
+    for c, name in enumerate(classes):
+        os.makedirs(os.path.join(path, name), exist_ok=True)
+        for i in range(count):
+            image, _ = train.toy(8 * i + c, size)
+            Image.fromarray(image).save(os.path.join(path, name, f"{i}.png"))
+
+
+def quiet(function, *arguments):
+    """Run a command's main in this process; returns what it printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        function(list(arguments))
+    return out.getvalue()
+
+
+FAST = ["--data", "photos", "--out", "run", "--image-size", "16", "--dae-width", "32", "--dae-mult", "1,1", "--dae-steps", "4",
+        "--dae-batch", "4", "--width", "16", "--encoder-width", "16", "--groups", "1,1,1", "--encoder-layers", "1,1,1",
+        "--mult", "1,1,1", "--ffn", "2,0,2", "--attention-layers", "0,0,0", "--heads", "0,0,0", "--steps", "4", "--batch", "4",
+        "--log-every", "1", "--save-every", "2", "--eval-every", "4", "--sample-every", "4", "--holdout", "0.2",
+        "--precision", "fp32"]
+
+
+def trained(*options):
+    """A checkpoint of a few steps on a few pictures, in the current folder."""
+    photos("photos")
+    quiet(train.main, *FAST, *options)
+    return os.path.join("run", "checkpoint.pt")
+
+
+def refused(expected, function, *arguments):
+    """The command must end in one line that says `expected`."""
+    try:
+        quiet(function, *arguments)
+    except (train.UserError, dae.LoadError) as e:
+        assert expected in str(e) and "\n" not in str(e), f"expected {expected!r} in {str(e)!r}"
+        return
+    raise AssertionError(f"not refused: {arguments}")
+
+
+# ---------------------------------------------------------------- equal to the original code
+
+
+def test_generation_equals_the_original():
+    model = reference_model(TINY)
+    close(picks(model.generate(reference_noise(model))),
+          [-7.15309, 4.43881, -9.96485, -0.52472, -3.10727, -18.20146, 0.30003, 3.61808])
+    model, label = reference_model(TINY_CLASSES), torch.tensor([0, 1])
+    noise = reference_noise(model)
+    close(picks(model.generate(noise, label)),
+          [-3.13589, -3.19042, -7.53544, -6.77058, 4.48146, -13.22091, 0.95021, 3.85834])
+    close(picks(model.generate(noise, label, mean_guidance=1.5, variance_guidance=0.5)),
+          [-3.14659, -3.12228, -7.22835, -7.7586, 3.90352, -13.3559, 1.41633, 4.32155])
+    close(picks(model.generate(noise, label, mean_guidance=[0, 1.5, 1, 0.5], variance_guidance=[0.5, 0.25, 0, 0.3])),
+          [-2.98948, -2.98542, -7.27332, -7.28363, 4.25234, -13.19478, 1.19931, 4.1527])
+
+
+def test_inference_equals_the_original():
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 4, 16, 16), dtype=np.float32))
+    model = reference_model(TINY)
+    out = model(x, noise=reference_noise(model))
+    close(picks(out.mean), [-6.22288, 2.4089, -5.42245, 0.39339, -4.14541, -17.77948, -1.26039, 1.59639])
+    close(picks(out.logvar), [3.03534, 1.49342, 19.87991, 9.32785, -1.84952, 5.18778, -15.4279, -1.64691])
+    close(out.kl[:, 0], [0.0762, 0.038, 0.74, 2.9034, 12.2834, 12.0116, 49.0746, 136.19, 610.617, 843.9101])
+    model = reference_model(TINY_CLASSES)
+    out = model(x, torch.tensor([0, 1]), noise=reference_noise(model))
+    close(picks(out.mean), [-8.25854, -11.91525, -15.57633, -10.9756, 2.78529, -15.29165, 2.86355, 5.21535])
+    close(out.kl[:, 0], [0.0814, 0.0713, 1.2668, 3.5673, 18.9498, 33.0768, 53.0686, 458.4966, 1062.7463, 3549.3867])
+
+
+def test_autoencoders_equal_the_original():
+    x = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, (1, 3, 32, 32)).astype(np.float32))
+    for name, side, latent, image in (
+            ("kl-f8", 4, [-0.03595, -0.07759, -0.17218, 0.06318, 0.58589, -0.17296, -0.16594, 0.15891],
+             [-0.5168, 0.1423, -0.89573, -0.50549, -1.15188, -0.57578, -1.43795, -0.76543]),
+            ("vq-f4", 8, [0.12052, 0.16987, -0.27562, -0.06283, -0.29231, 0.3617, 0.06827, -0.4601],
+             [-1.03127, -1.24748, -0.29836, -0.28563, -0.37182, 0.08105, 0.39748, -0.71605])):
+        ae = dae.Autoencoder(dae.PRESETS[name]).eval()
+        ae.load_state_dict(filled(ae))
+        h = torch.from_numpy(np.random.default_rng(2).standard_normal((1, ae.config.z_channels, side, side), dtype=np.float32))
+        with torch.no_grad():
+            close(ae.encode(x).flatten()[::7][:8], latent, 1e-4)
+            close(ae.decode(h).flatten()[100::211][:8], image, 1e-4)
+
+
+def test_parameter_counts_are_those_of_table_5():
+    counts = {"church": 119_137_672, "church-rgb32": 119_135_558, "church-upsampler": 62_868_326, "church-pixel": 143_320_038,
+              "bedroom-f4": 96_241_478, "bedroom-f8": 107_179_944, "bedroom-f16": 99_837_632, "imagenet": 386_366_344}
+    for name, count in counts.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in lvae.LVAE(lvae.PRESETS[name]).parameters()) == count, name
+
+
+def test_copied_alone():
+    for module in ("lvae", "dae"):
+        with folder():
+            with open(os.path.join(HERE, f"{module}.py")) as source, open(f"{module}.py", "w") as copy:
+                copy.write(source.read())
+            code = f"import sys, {module}; assert not {{'PIL', 'lvae', 'dae', 'train'}} - {{'{module}'}} & set(sys.modules)"
+            subprocess.run([sys.executable, "-c", code], check=True, cwd=os.getcwd())
+
+
+# ---------------------------------------------------------------- the mathematics
+
+
+def test_gaussians_match_torch_distributions():
+    torch.manual_seed(0)
+    q, p = (lvae.gaussian(torch.randn(3, 8, 2, 2) * 3) for _ in range(2))
+    normal = lambda g: torch.distributions.Normal(g.mean, g.var.sqrt())
+    close(lvae.gaussian_kl(q, p), torch.distributions.kl_divergence(normal(q), normal(p)))
+    close(lvae.gaussian(torch.zeros(1, 2, 1, 1)).var, torch.ones(1, 1, 1, 1), 1e-2)
+    close(lvae.gaussian(torch.tensor([0.0, 3.0]).view(1, 2, 1, 1)).var.flatten(), [math.log1p(math.exp(0.693 * 3)) / 0.693])
+    far = lvae.gaussian(torch.tensor([[0.0, -500.0], [0.0, 500.0]])[:, :, None, None])
+    assert far.var.log().isfinite().all() and (far.var > 0).all()
+    x, mean, logvar = torch.randn(3, 2, 4, 4, 4).unbind(1)[0], torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
+    x = torch.randn(3, 4, 4, 4)
+    out = lvae.Output(mean, logvar, torch.ones(10, 3), torch.zeros(()), [])
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(x, 0.07),
+                                                 torch.distributions.Normal(mean, (0.5 * logvar).exp()))
+    close(lvae.objective(out, x, TINY).distortion, expected.sum((1, 2, 3)).mean())
+
+
+def test_spectral_term_is_the_largest_singular_value():
+    torch.manual_seed(0)
+    conv = lvae.SpectralConv2d(8, 12, 3, 1.0)
+    before = conv.u.clone()
+    for _ in range(200):
+        conv.sigma()
+    kernel = conv.weight.permute(2, 3, 1, 0).reshape(-1, 12)
+    close(conv.sigma(), torch.linalg.svdvals(kernel)[0], 1e-4)
+    assert not torch.equal(before, conv.u) and "u" in conv.state_dict()
+    gradient, = torch.autograd.grad(conv.sigma(), conv.weight)
+    U, S, V = torch.linalg.svd(kernel.detach())
+    close(gradient.permute(2, 3, 1, 0).reshape(-1, 12), torch.outer(U[:, 0], V[0]), 1e-2)
+    conv.eval()
+    kept = conv.u.clone()
+    conv.sigma()
+    assert torch.equal(kept, conv.u)
+
+    model = awake(TINY_CLASSES).train()
+    for _ in range(100):
+        total = model.spectral()
+    expected = sum(side * torch.linalg.svdvals(conv.weight.flatten(1))[0]
+                   for side, layers in zip((1, 4, 8, 16), model.levels) for block in layers if isinstance(block, lvae.TopDownBlock)
+                   for conv in (block.prior_block.dense2, block.posterior_block.dense2))
+    close(total, expected, 1e-2)
+    assert lvae.LVAE(TINY).levels[0][0].prior_block.residual is False      # even where it is not regularised
+
+
+def test_attention_mixes_positions():
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 4, 4)
+    for mode, mixes in (("sdpa", True), ("released", False)):
+        layer = lvae.Attention(8, 2, mode)
+        assert torch.equal(layer(x), x), "starts as the identity"
+        torch.nn.init.normal_(layer.out.weight)
+        moved = x.clone()
+        moved[0, :, 3, 3] += 1
+        assert torch.equal(layer(x)[0, :, 0, 0], layer(moved)[0, :, 0, 0]) != mixes
+    layer = lvae.Attention(8, 2, "sdpa")
+    torch.nn.init.normal_(layer.out.weight)
+    reference = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    reference.load_state_dict({"in_proj_weight": layer.qkv.weight, "in_proj_bias": layer.qkv.bias,
+                               "out_proj.weight": layer.out.weight, "out_proj.bias": layer.out.bias})
+    tokens = x.flatten(2).transpose(1, 2)
+    close(layer(x), x + reference(tokens, tokens, tokens)[0].transpose(1, 2).view_as(x))
+
+
+def test_kl_schedule():
+    shares = lvae.kl_shares(TINY)
+    assert abs(float(shares.sum()) - 66.7) < 1e-3 and bool((shares.diff() > 0).all())
+    close(shares[-1] / shares[0], 1010 / 11, 1e-4)
+    per = lvae.kl_shares(dataclasses.replace(TINY, kl_schedule=("constant_per", 8, 4, 2, 1)))
+    close(per / per[0], [1.0, 1, 2, 2, 4, 4, 4, 8, 8, 8])
+    # total 100, shares 10 %: a = 10, 2a = 20, 3a = 30
+    kl = torch.tensor([0.5, 5, 10, 15, 20, 25, 30, 40])[:, None] * 1.0
+    shares = torch.full((8,), 10 / float(kl.sum()) * 100)
+    close(lvae.kl_weights(kl, shares)[:, 0], [0.1, 0.5, 1, 1, 1, 1.5, 2, 2])
+    kl.requires_grad_()
+    assert not lvae.kl_weights(kl, shares).requires_grad and lvae.kl_weights(kl * 0, shares).isfinite().all()
+
+
+def test_objective_adds_up():
+    model = awake(TINY_CLASSES, scale=0.1)
+    x, label = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3])
+    out = model(x, label)
+    losses = lvae.objective(out, x, model.config)
+    close(losses.loss, losses.distortion + losses.weighted_rate + model.config.spectral_weight * out.spectral)
+    weights = lvae.kl_weights(out.kl, lvae.kl_shares(model.config))
+    close(losses.weighted_rate, (weights * out.kl).sum() / 3)
+    losses.loss.backward()
+    assert model.levels[0][0].prior_block.dense2.weight.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_reconstruction_is_generation_from_encoded_noise():
+    for config in (TINY, TINY_CLASSES):
+        model, x = awake(config, scale=0.3), torch.randn(2, 4, 16, 16)
+        label = torch.tensor([3, 4]) if config.num_classes else None
+        noise = [torch.randn(2, *shape) for shape in model.latent_shapes()]
+        eps = model.encode(x, label, noise)
+        expected = model(x, label, noise).mean
+        close(model.generate(eps, label), expected, 1e-4)
+        assert not torch.allclose(model.generate([None] + eps[1:], label), expected, atol=1e-3)
+        part = model.generate(eps[:4] + [None] * 6, label)
+        assert part.shape == x.shape and part.isfinite().all()
+        torch.manual_seed(5)
+        drawn = model.encode(x, label)
+        torch.manual_seed(5)
+        close(model.generate(drawn, label), model(x, label).mean, 1e-4)
+
+
+def test_guidance():
+    c, u = (lvae.Gaussian(torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1) for _ in range(2))
+    mean, var = lvae.guide(c, u, 1.5, 0.5)
+    close(mean, c.mean + 1.5 * (c.mean - u.mean))
+    close(var.log(), c.var.log() + 0.5 * (c.var.log() - u.var.log()), 1e-4)
+    model, label = awake(TINY_CLASSES, scale=0.3), torch.tensor([0, 1])
+    noise = [torch.randn(2, *shape) for shape in model.latent_shapes()]
+    plain = model.generate(noise, label)
+    close(model.generate(noise, label, mean_guidance=0, variance_guidance=[0] * 4), plain, 1e-6)
+    close(model.generate(noise, label, mean_guidance=1e-9), plain, 1e-4)               # two streams, the same result
+    close(model.generate(noise, label, mean_guidance=-1, variance_guidance=-1)[:, :, :0], plain[:, :, :0])
+    assert (model.generate(noise, label, mean_guidance=2.0) - plain).abs().max() > 1e-3
+    for arguments in (dict(label=None, mean_guidance=1.0), dict(label=label, mean_guidance=[1.0, 2.0])):
+        try:
+            model.generate(noise, **arguments)
+        except ValueError as e:
+            assert "guidance" in str(e)
+        else:
+            raise AssertionError(arguments)
+
+
+def test_temperature_and_size():
+    model = awake(TINY, scale=0.3)
+    close(model.generate(n=2, temperature=0.0), model.generate(n=2, temperature=0.0), 1e-6)
+    noise = [torch.randn(2, *shape) for shape in model.latent_shapes()]
+    close(model.generate(noise, temperature=0.5), model.generate([0.5 * e for e in noise]))
+    assert model.generate(n=1, size=(16, 32)).shape == (1, 4, 16, 32)
+    wide = [torch.randn(1, *shape) for shape in model.latent_shapes((32, 16))]
+    assert wide[0].shape[2:] == (1, 1) and wide[2].shape[2:] == (8, 4)
+    assert model.generate(wide).shape == (1, 4, 32, 16)
+    try:
+        model.generate([n[:, :4] for n in noise])
+    except ValueError as e:
+        assert "expected" in str(e)
+    else:
+        raise AssertionError("misshapen noise accepted")
+
+
+def test_labels():
+    model = awake(TINY_CLASSES, scale=0.3)
+    x, label = torch.randn(2, 4, 16, 16), torch.tensor([1, 2])
+    noise = [torch.randn(2, *shape) for shape in model.latent_shapes()]
+    assert not torch.allclose(model.generate(noise, 1), model.generate(noise, 2), atol=1e-3)
+    close(model.generate(noise), model.generate(noise, torch.tensor([10, 10])))
+    # In training all labels may be lost, but never on the way to the posterior's features.
+    blind = dataclasses.replace(TINY_CLASSES, label_dropout=1.0)
+    model.config = blind
+    seen = []
+    hook = model.encoder.levels[0][0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[1]))
+    trained_mean = model.train()(x, label, noise).mean
+    assert torch.equal(seen[0], model.embedding(label))
+    hook.remove()
+    assert not torch.allclose(trained_mean, model.eval()(x, label, noise).mean, atol=1e-4)
+    for bad in (11, -1, [0, 99]):
+        try:
+            model.generate(label=bad)
+        except ValueError as e:
+            assert "out of range" in str(e)
+        else:
+            raise AssertionError(f"label {bad} accepted")
+
+
+def test_blocks_start_near_the_identity():
+    torch.manual_seed(0)
+    model = lvae.LVAE(TINY_CLASSES)
+    x, label = torch.randn(2, 32, 8, 8), torch.randn(2, 32)
+    for block, limit in ((model.levels[2][0].shared_block, 0.5), (model.encoder.levels[1][0], 0.6)):
+        if isinstance(block, lvae.Block):
+            x_in = torch.randn(2, block.conv1.in_channels, 8, 8)
+            assert (block(x_in, label) - x_in).norm() < limit * x_in.norm()
+    prior = model.levels[2][0].prior_block(x, label)
+    assert prior.abs().max() < 1e-6
+    close(lvae.gaussian(prior[:, :16]).var, torch.ones(2, 8, 8, 8), 1e-2)
+    assert torch.equal(model.initial, torch.zeros_like(model.initial))
+
+
+def test_upsampler():
+    config = lvae.Config(resolution=32, data_channels=3, width=16, encoder_width=16, upsample=4, mult=(1, 2, 2), ffn=(0, 0, 2),
+                         groups=(1, 2, 2), encoder_layers=(1, 1, 2), attention_layers=(0, 0, 1), heads=(0, 0, 2))
+    assert lvae.resolutions(config) == [32, 16, 8]
+    model, x, small = awake(config, scale=0.3), torch.randn(2, 3, 32, 32), torch.randn(2, 3, 8, 8)
+    noise = [torch.randn(2, *shape) for shape in model.latent_shapes()]
+    close(model.generate(model.encode(x, noise=noise, low_res=small), low_res=small), model(x, noise=noise, low_res=small).mean, 1e-4)
+    shrunk = F.interpolate(x, scale_factor=0.25, mode="bilinear", antialias=True)
+    close(model(x, noise=noise).mean, model(x, noise=noise, low_res=shrunk).mean, 1e-6)
+    assert not torch.allclose(model.generate(noise, low_res=small), model.generate(noise, low_res=small + 1))
+
+
+def test_fp32_where_it_matters():
+    model, x = awake(TINY_CLASSES, scale=0.1), torch.randn(2, 4, 16, 16)
+    noise = [torch.randn(2, *shape) for shape in model.latent_shapes()]
+    label = torch.tensor([0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, label, noise)
+        inside = model.spectral()
+    assert {out.mean.dtype, out.logvar.dtype, out.kl.dtype, out.spectral.dtype} == {torch.float32}
+    assert all(t.dtype == torch.float32 for latent in out.latents for g in (latent.prior, latent.posterior) for t in g)
+    close(inside, model.spectral(), 1e-6)
+    close(out.mean, model(x, label, noise).mean, 0.05)
+
+
+def test_bad_configs_are_named():
+    for field, value in (("resolution", 12), ("groups", (1, 2)), ("attention", "flash"), ("heads", (5, 8, 0, 0)),
+                         ("kl_schedule", ("linear", 1)), ("groups", (0, 1, 1, 1)), ("sigma_q", 0.0)):
+        try:
+            dataclasses.replace(TINY, **{field: value})
+        except ValueError as e:
+            assert field in str(e), e
+        else:
+            raise AssertionError(f"{field} = {value} accepted")
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    config = lvae.Config(resolution=8, data_channels=2, width=32, encoder_width=32, mult=(1,) * 3, ffn=(2,) * 3, groups=(2, 2, 1),
+                         encoder_layers=(1, 1, 1), attention_layers=(1, 0, 0), heads=(2, 0, 0), z_dim=4, hierarchical_prior=True,
+                         sigma_q=0.1, lr=3e-3, warmup=20)
+    model = lvae.LVAE(config)
+    ema = lvae.LVAE(config)
+    ema.load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.9))
+    x = torch.randn(4, 2, 8, 8)
+    first = None
+    for step in range(1, 351):
+        losses, _, skipped = train.train_step(model, ema, optimizer, [(x, None)], step, torch.device("cpu"), torch.float32)
+        first = first or float(losses.loss)
+        assert not skipped
+    assert float(losses.loss) < 0.4 * first, (first, float(losses.loss))
+    rec = model.eval().generate(model.encode(x))
+    assert (rec - x).square().mean() < 0.1 * x.square().mean(), "reconstructions are not the batch"
+
+
+# ---------------------------------------------------------------- the autoencoder and its files
+
+
+def test_autoencoder_training():
+    torch.manual_seed(0)
+    ae = dae.Autoencoder(dataclasses.replace(SMALL, kl_weight=0.5, adversarial_weight=0.5))
+    discriminator, x = dae.Discriminator(16), torch.rand(2, 3, 32, 32) * 2 - 1
+    loss, hinge, terms = dae.training_losses(ae, x, discriminator, perceptual=lambda a, b: (a - b).square().mean((1, 2, 3)))
+    assert {"l1", "perceptual", "kl", "adversarial", "adversarial_weight", "discriminator"} == terms.keys()
+    pixels = 3 * 32 * 32
+    close(loss, pixels * (terms["l1"] + terms["perceptual"]) + 0.5 * terms["kl"] + terms["adversarial_weight"] * terms["adversarial"],
+          1e-4)
+    mean, logvar = ae.moments(x)
+    standard = torch.distributions.Normal(torch.zeros_like(mean), 1.0)
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (0.5 * logvar).exp()), standard)
+    close(terms["kl"], kl.sum((1, 2, 3)).mean(), 1e-4)
+    assert torch.equal(ae.encode(x), mean)
+    hinge.backward()
+    assert all(p.grad is None for p in ae.parameters())        # the discriminator's loss does not move the autoencoder
+    loss.backward()
+    assert all(p.grad is not None for p in ae.parameters())
+    assert dae.training_losses(ae, x)[1] is None
+
+
+def test_vq_decodes_the_nearest_entry():
+    ae = dae.Autoencoder(dataclasses.replace(SMALL, codebook=16))
+    h = torch.randn(2, 4, 3, 3)
+    nearest = ae.quantize(h)
+    table = ae.quantize.embedding.weight
+    for b, i, j in ((0, 0, 0), (1, 2, 1)):
+        best = min(table, key=lambda row: float((row - h[b, :, i, j]).square().sum()))
+        assert torch.equal(nearest[b, :, i, j], best)
+    assert torch.equal(ae.decode(h), ae.decode(nearest))
+
+
+class Callback:
+    """Stands for a class of a training framework that the reader of a file does not have."""
+
+    def __init__(self, state):
+        self.state = state
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch broken-in",)
+
+
+def test_foreign_checkpoints():
+    with folder():
+        ae = dae.Autoencoder(dataclasses.replace(SMALL, mult=(1, 2, 2), attention=(2,), codebook=8))
+        x = torch.rand(1, 3, 16, 16)
+        state = dict(ae.state_dict())
+        extra = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3), "model_ema.decay": torch.ones(())}
+        files = {"lightning.ckpt": {"state_dict": state | extra, "callbacks": {Callback: Callback({"a": 1})}, "epoch": 3},
+                 "whole.ckpt": {"state_dict": {"first_stage_model." + k: v for k, v in state.items()} | {"model.x": x}},
+                 "bare.pt": state, "hostile.ckpt": {"state_dict": state, "callbacks": Hostile()}}
+        for name, content in files.items():
+            torch.save(content, name)
+            loaded = dae.load(name)
+            assert loaded.config.mult == (1, 2, 2) and loaded.config.attention == (2,) and loaded.config.codebook == 8
+            with torch.no_grad():
+                close(loaded.decode(loaded.encode(x)), ae.decode(ae.encode(x)), 1e-6)
+        assert not os.path.exists("broken-in"), "a file ran code"
+
+        torch.save({"state_dict": state | {"encoder.extra.weight": x}}, "more.ckpt")
+        torch.save({"state_dict": {k: v for k, v in state.items() if k != "decoder.conv_out.bias"}}, "less.ckpt")
+        with open("lightning.ckpt", "rb") as whole, open("cut.ckpt", "wb") as cut:
+            cut.write(whole.read()[:20_000])
+        with open("text.ckpt", "w") as text:
+            text.write("hello")
+        for name, message in (("more.ckpt", "encoder.extra.weight"), ("less.ckpt", "decoder.conv_out.bias"),
+                              ("cut.ckpt", "truncated"), ("text.ckpt", "not a checkpoint"), ("none.ckpt", "No such file")):
+            refused(message, lambda arguments: dae.load(arguments[0]), name)
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_toy_is_a_function_of_its_index():
+    image, label = train.toy(11, 64)
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and label == 3
+    assert np.array_equal(image, train.toy(11, 64)[0]) and not np.array_equal(image, train.toy(19, 64)[0])
+    assert len({train.toy(i, 16)[1] for i in range(16)}) == len(train.TOY_CLASSES) >= 8
+
+
+def test_every_kind_of_image():
+    with folder():
+        plain = Image.fromarray(train.toy(0, 32)[0])
+        sideways = plain.transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[0x0112] = 6                                       # to be shown turned a quarter clockwise
+        sideways.save("exif.png", exif=exif)
+        plain.save("rgb.png")
+        plain.convert("L").save("grey.png")
+        plain.convert("P").save("palette.png")
+        plain.convert("CMYK").save("cmyk.jpg", quality=98, subsampling=0)
+        Image.fromarray(np.asarray(plain.convert("L")).astype(np.uint16) * 257).save("deep.png")
+        clear = plain.convert("RGBA")
+        clear.putalpha(0)
+        clear.save("clear.png")
+        expected = np.asarray(plain).astype(int)
+        assert np.array_equal(train.read_image("rgb.png", 32), expected)
+        assert np.array_equal(train.read_image("exif.png", 32), expected), "the EXIF rotation was not applied"
+        assert np.abs(train.read_image("cmyk.jpg", 32) - expected).mean() < 8
+        assert np.abs(train.read_image("palette.png", 32) - expected).mean() < 16
+        grey = np.asarray(plain.convert("L").convert("RGB")).astype(int)
+        assert np.array_equal(train.read_image("grey.png", 32), grey)
+        assert np.abs(train.read_image("deep.png", 32) - grey).max() <= 1, "16 bits were clipped, not scaled"
+        assert (train.read_image("clear.png", 32) == 255).all(), "transparent is white"
+        assert train.read_image("rgb.png", 16).shape == (16, 16, 3)
+
+
+def test_bad_images_are_named_and_skipped():
+    with folder():
+        photos("photos")
+        with open("photos/left/broken.png", "wb") as file:
+            file.write(b"\x89PNG\r\n\x1a\nnothing")
+        with open("photos/left/2.png", "r+b") as file:
+            file.truncate(200)
+        with open("photos/left/notes.txt", "w") as file:
+            file.write("not an image")
+        Image.new("RGB", (1, 1)).save("photos/right/dot.png")
+        said = quiet(train.main, *FAST)
+        with open("run/latents_train.json") as file:
+            bad = json.load(file)["bad"]
+        assert {os.path.basename(name) for name in bad} == {"broken.png", "2.png", "dot.png"}
+        assert "3 of 22 are bad" in said and "1 files are not images" in said and "1x1" in bad["photos/right/dot.png"]
+
+
+def test_batches_cover_every_epoch():
+    seen = np.concatenate([train.batch_indices(0, 10, 4, i) for i in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and not np.array_equal(seen[:10], seen[10:])
+    rows, held = train.split(100, 0.1)
+    assert len(held) == 10 and set(rows) | set(held) == set(range(100)) and not set(rows) & set(held)
+
+
+def test_latents_are_cached():
+    with folder():
+        trained("--flip")
+        cache = np.load("run/latents_train.npy")
+        assert cache.shape == (20, 2, 4, 8, 8) and cache.dtype == np.float16
+        before = os.stat("run/latents_train.npy").st_mtime_ns
+        with open("run/latents_train.json") as file:
+            notes = json.load(file)
+        quiet(train.main, *FAST, "--flip")
+        assert os.stat("run/latents_train.npy").st_mtime_ns == before, "encoded again for nothing"
+        with open("run/latents_train.json", "w") as file:      # as if interrupted
+            json.dump(notes | {"done": 8}, file)
+        np.lib.format.open_memmap("run/latents_train.npy", "r+")[8:] = 0
+        quiet(train.main, *FAST, "--flip")
+        assert np.array_equal(np.load("run/latents_train.npy"), cache), "not completed"
+        os.remove("photos/left/0.png")
+        quiet(train.main, *FAST, "--flip")
+        assert len(np.load("run/latents_train.npy")) == 19, "not rebuilt when the files changed"
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_bad_steps_are_skipped():
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, warmup=0)
+    model, ema = lvae.LVAE(config), lvae.LVAE(config)
+    ema.load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.9))
+    step = lambda x, number: train.train_step(model, ema, optimizer, [(x, None)], number, torch.device("cpu"), torch.float32)
+    x = torch.randn(2, 4, 16, 16)
+    assert not step(x, 1)[2]
+    state = lambda: [p.clone() for m in (model, ema) for p in m.parameters()] + [
+        v.clone() for s in optimizer.state.values() for v in s.values()]
+    before = state()
+    assert step(x * float("nan"), 2)[2], "a NaN was not skipped"
+    model.config = dataclasses.replace(config, skip_threshold=1e-9)
+    assert step(x, 1001)[2], "an exploding gradient was not skipped"
+    assert all(torch.equal(a, b) for a, b in zip(before, state())), "a skipped step left a trace"
+    assert not step(x, 1000)[2], "the threshold holds after step 1000 only"
+
+
+def test_ema_is_warmed_up():
+    config = dataclasses.replace(TINY, ema=0.9)
+    model, ema = lvae.LVAE(config), lvae.LVAE(config)
+    start, target = ema.initial.clone(), torch.ones_like(model.initial)
+    model.initial.data.copy_(target)
+    train.update_ema(ema, model, 0.75)
+    close(ema.initial, 0.75 * start + 0.25 * target)
+    optimizer = torch.optim.Adam(model.parameters(), 0.0, betas=(0.9, 0.9))
+    ema.initial.data.zero_()
+    model.config = dataclasses.replace(config, lr=0.0)
+    train.train_step(model, ema, optimizer, [(torch.randn(1, 4, 16, 16), None)], 1, torch.device("cpu"), torch.float32)
+    close(ema.initial, target * (1 - 2 / 11), 1e-4)
+
+
+def test_accumulation_is_a_larger_batch():
+    results = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        config = dataclasses.replace(TINY, warmup=0)
+        model, ema = lvae.LVAE(config), lvae.LVAE(config)
+        optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.9))
+        x = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        noise = [torch.randn(4, *s, generator=torch.Generator().manual_seed(2)) for s in model.latent_shapes()]
+        model.eval()                                           # one power-iteration state for both
+        forward, start = model.forward, iter(range(0, 4, 4 // parts))
+
+        def with_noise(x, label=None):
+            at = next(start)
+            return forward(x, label, [e[at:at + len(x)] for e in noise])
+        model.forward = with_noise
+        train.train_step(model, ema, optimizer, [(part, None) for part in x.chunk(parts)], 1, torch.device("cpu"), torch.float32)
+        results.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    close(results[1], results[0], 1e-4)
+
+
+def test_resuming_is_bit_identical():
+    """A run stopped within either stage, and resumed, ends where one never stopped does."""
+    with folder():
+        def state(out):
+            checkpoint = torch.load(f"{out}/checkpoint.pt", weights_only=True)
+            with open(f"{out}/log.jsonl") as file:
+                log = [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in file]
+            return {**{f"{part}.{k}": v for part in ("model", "ema", "dae") for k, v in checkpoint[part].items()}}, log
+        options = ["--flip", "--image-size", "32", "--groups", "1,1,1,1", "--encoder-layers", "1,1,1,1", "--mult", "1,1,1,1",
+                   "--ffn", "2,0,2,2", "--attention-layers", "0,1,0,0", "--heads", "0,2,0,0",
+                   "--dae-adversarial-weight", "0.5", "--dae-adversarial-start", "2"]
+        trained(*options)
+        whole, log = state("run")
+        other = [*FAST, *options, "--out", "other"]
+
+        class Stop(Exception):
+            pass
+
+        def stop_at(stage, number):
+            real = train.write_log
+
+            def write_log(out, **stats):
+                if (stats["stage"], stats["step"]) == (stage, number):
+                    raise Stop
+                real(out, **stats)
+            train.write_log = write_log
+            try:
+                quiet(train.main, *other)
+            except Stop:
+                return
+            finally:
+                train.write_log = real
+            raise AssertionError("the run did not get there")
+        stop_at("dae", 3)
+        stop_at("lvae", 1)
+        stop_at("lvae", 3)
+        quiet(train.main, *other)
+        resumed, other_log = state("other")
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[k], resumed[k]) for k in whole), "not the same bits"
+        assert log == other_log, "the log repeats or lacks steps"
+        refused("trained with width = 16", train.main, *FAST, *options, "--width", "32")
+
+
+def test_a_full_disk_loses_nothing():
+    with folder():
+        path = trained()
+        with open(path, "rb") as file:
+            before = file.read()
+        real = os.fsync
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+        os.fsync = full
+        try:
+            refused("No space left", train.main, *FAST, "--steps", "6")
+        finally:
+            os.fsync = real
+        with open(path, "rb") as file:
+            assert file.read() == before and not [f for f in os.listdir("run") if f.endswith(".tmp")]
+
+
+# ---------------------------------------------------------------- the command lines
+
+
+def test_commands_end_to_end():
+    """As a shell runs them: the toy from nothing, its samples, and the exit code of a mistake."""
+    def run(*arguments, code=0):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+    with folder():
+        small = [a for a in FAST if a not in ("--data", "photos")]
+        run(os.path.join(HERE, "train.py"), *small, "--image-size", "16")
+        assert {"checkpoint.pt", "dae.pt", "log.jsonl", "samples"} <= set(os.listdir("run"))
+        with open("run/log.jsonl") as file:
+            entries = [json.loads(line) for line in file]
+        assert {"loss", "distortion", "rate", "rate_bits", "kl_levels", "spectral", "grad_norm", "skipped", "lr",
+                "images_per_s"} <= next(e for e in entries if e["stage"] == "lvae").keys()
+        assert any("held_out_nelbo_bits" in e for e in entries)
+        pictures = sorted(os.listdir("run/samples"))
+        assert pictures == ["0000004.png", "0000004_guided.png", "0000004_reconstructions.png", "dae_000004.png"], pictures
+        run(os.path.join(HERE, "sample.py"), "generate", "run/checkpoint.pt", "--n", "16", "--mean-guidance", "1.5")
+        assert Image.open("samples.png").width > 2 * 16
+        said = run(os.path.join(HERE, "train.py"), "--widht", "3", code=2)
+        assert "--widht" in said and "Traceback" not in said and said.count("\n") == 1
+        assert "church_outdoor_train_lmdb.zip" in run(os.path.join(HERE, "train.py"), "--dataset", "church", code=2)
+        said = run(os.path.join(HERE, "train.py"), "--dataset", "church", "--help")
+        assert "--attention-layers" in said and "192)" in said
+
+
+def test_samples_depend_on_seed_and_number_only():
+    with folder():
+        path = trained()
+        quiet(sample.main, "generate", path, "--n", "7", "--batch", "7", "--png-dir", "a", "--npz", "a.npz")
+        quiet(sample.main, "generate", path, "--n", "7", "--batch", "3", "--png-dir", "b")
+        assert sorted(os.listdir("a")) == sorted(os.listdir("b")) and len(os.listdir("a")) == 7
+        load = lambda name, i: np.asarray(Image.open(f"{name}/{i:06d}.png")).astype(int)
+        assert all(np.abs(load("a", i) - load("b", i)).max() <= 1 for i in range(7))
+        assert not np.array_equal(load("a", 0), load("a", 1))
+        quiet(sample.main, "generate", path, "--n", "7", "--seed", "1", "--png-dir", "c")
+        assert any(not np.array_equal(load("a", i), load("c", i)) for i in range(7))
+        with np.load("a.npz") as file:
+            assert file["arr_0"].shape == (7, 16, 16, 3) and file["arr_0"].dtype == np.uint8
+            assert sorted(file["arr_1"]) == [0, 0, 0, 0, 1, 1, 1] and file["arr_1"].dtype == np.int64
+            assert list(file["arr_1"]) != sorted(file["arr_1"]), "classes are not shuffled"
+            stored = {image.tobytes() for image in file["arr_0"]}
+        assert stored == {load("a", i).astype(np.uint8).tobytes() for i in range(7)}
+        assert not [f for f in os.listdir(".") if "tmp" in f]
+        quiet(sample.main, "generate", path, "--n", "2", "--label", "ri", "--png-dir", "d", "--npz", "d.npz")
+        with np.load("d.npz") as file:
+            assert list(file["arr_1"]) == [1, 1]
+        quiet(sample.main, "reconstruct", path, "photos/left/0.png", "photos/right/3.png")
+        assert Image.open("reconstructions.png").height > 3 * 16
+
+
+def test_pixels_latents_and_folders():
+    with folder():
+        photos("flat", classes=("",))
+        flat = ["--data", "flat", "--num-classes", "0"]
+        drop = lambda names: [a for i, a in enumerate(FAST) if a not in names and (not i or FAST[i - 1] not in names)]
+        plain = drop(["--data", "--out", "--image-size", "--dae-width", "--dae-mult", "--dae-steps", "--dae-batch"])
+        quiet(train.main, *plain, *flat, "--out", "pixels", "--dae", "none", "--image-size", "8")
+        state = torch.load("pixels/checkpoint.pt", weights_only=True)
+        assert (state["config"]["shift"], state["config"]["scale"], state["config"]["data_channels"]) == (127.5, 127.5, 3)
+        quiet(sample.main, "generate", "pixels/checkpoint.pt", "--n", "4")
+        rng = np.random.default_rng(0)
+        h, labels = 3 + 5 * rng.standard_normal((20, 4, 8, 8)).astype(np.float32), np.arange(20) % 3
+        np.savez("latents.npz", latents=h, labels=labels)
+        quiet(train.main, *plain, "--data", "latents.npz", "--out", "latents")
+        state = torch.load("latents/checkpoint.pt", weights_only=True)
+        assert state["config"]["num_classes"] == 3 and abs(state["config"]["scale"] - 5) < 0.5
+        refused("holds no autoencoder", sample.main, "generate", "latents/checkpoint.pt")
+        h[3, 0, 0, 0] = np.nan
+        np.savez("nan.npz", latents=h)
+        refused("NaN", train.main, *plain, "--data", "nan.npz", "--out", "x")
+        np.savez("wrong.npz", images=h)
+        refused("named latents", train.main, *plain, "--data", "wrong.npz", "--out", "x")
+        refused("label 2 is out of range", train.main, *plain, "--data", "latents.npz", "--out", "x", "--num-classes", "2")
+
+
+def test_mistakes_are_refused():
+    with folder():
+        os.makedirs("empty")
+        path = trained()
+        for expected, *arguments in (
+                ("no image found", "--data", "empty"), ("no such folder", "--data", "nowhere"),
+                ("must be one of", "--data", "photos", "--image-size", "20"), ("choose from", "--dataset", "chruch"),
+                ("No such file", "--data", "photos", "--dae", "none.ckpt"), ("heads", "--data", "photos", "--heads", "7,7,7,7"),
+                ("does not fit num_classes", "--data", "photos", "--num-classes", "1", "--dae", "none", "--image-size", "16"),
+                ("invalid int value", "--width", "wide"), ("--device", "--device", "abacus")):
+            refused(expected, train.main, "--out", "x", *arguments)
+        for expected, *arguments in (
+                ("no such class", "--label", "up"), ("no such class", "--label", "2"), ("per level", "--mean-guidance", "1,2"),
+                ("positive whole number", "--n", "0"), ("ends in", "--out", "grid.xyz")):
+            refused(expected, sample.main, "generate", path, *arguments)
+        refused("not a checkpoint", sample.main, "generate", os.path.join("run", "dae.pt"))
+        with open(path, "rb") as whole, open("cut.pt", "wb") as cut:
+            cut.write(whole.read()[:-1000])
+        refused("truncated", sample.main, "generate", "cut.pt")
+        Image.new("RGB", (1, 1)).save("dot.png")
+        refused("no usable image", sample.main, "reconstruct", path, "dot.png")
+        for name in os.listdir("photos/left"):
+            with open(f"photos/left/{name}", "w") as file:
+                file.write("x")
+        refused("no usable image", train.main, *FAST, "--out", "y", "--data", "photos/left")
+
+
+# ---------------------------------------------------------------- running them
+
+
+def main(words):
+    tests = {name: f for name, f in globals().items() if name.startswith("test_") and (not words or any(w in name for w in words))}
+    failed = 0
+    for name, test in tests.items():
+        started = time.time()
+        try:
+            test()
+            print(f"ok      {name} ({time.time() - started:.1f} s)", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAILED  {name}\n{traceback.format_exc()}", flush=True)
+    print(f"{len(tests) - failed} passed, {failed} failed")
+    return 1 if failed or not tests else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
