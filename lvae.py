@@ -300,6 +300,11 @@ class Resample(nn.Module):
         return x if self.conv is None else self.conv(x)
 
 
+def shrink(x, config):
+    """What an upsampler is given of x (B, C, H, W) in training: (B, C, H/f, W/f), bilinear with antialiasing."""
+    return F.interpolate(x, scale_factor=1 / config.upsample, mode="bilinear", antialias=True)
+
+
 def attention_positions(blocks, layers):
     """Where `layers` attention layers go, spread evenly through `blocks` blocks (Python's round: half to even).
 
@@ -527,7 +532,7 @@ class LVAE(nn.Module):
         if x.shape[1:] != expected:
             raise ValueError(f"x is {tuple(x.shape)}, expected (B, {', '.join(map(str, expected))})")
         if self.config.upsample and low_res is None:
-            low_res = F.interpolate(x, scale_factor=1 / self.config.upsample, mode="bilinear", antialias=True)
+            low_res = shrink(x, self.config)
         features = self.encoder(x, self._embed(label))
         noise = [None] * sum(self.config.groups) if noise is None else list(noise)
         return self._top_down(len(x), seen, noise, low_res, evidence=(features, self._embed(label)))

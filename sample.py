@@ -221,11 +221,8 @@ def reconstruct(args):
         x = sampler.latents(originals[start:start + args.batch])
         label = torch.tensor(labels[start:start + args.batch], device=sampler.device) if sampler.config.num_classes else None
         # The posterior's means (noise 0): the most that the latents know of the image.
-        low_res = None
         zeros = [torch.zeros(len(x), *shape, device=sampler.device) for shape in sampler.model.latent_shapes()]
-        if sampler.config.upsample:
-            low_res = torch.nn.functional.interpolate(x, scale_factor=1 / sampler.config.upsample, mode="bilinear",
-                                                      antialias=True)
+        low_res = lvae.shrink(x, sampler.config) if sampler.config.upsample else None
         noise = sampler.model.encode(x, label, zeros, low_res)
         rows[1].extend(sampler.decode(x))
         rows[2].extend(sampler.images(noise, label, low_res=low_res))

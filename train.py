@@ -437,7 +437,7 @@ def pick_dtype(device, precision):
     """bf16 where the device has the units for it, else fp32; --precision overrules."""
     if precision == "auto":
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or
-                device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False))
+                device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
         precision = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
@@ -468,7 +468,8 @@ def train_dae(images, indices, config, run, device, dtype):
         perceptual.to(device)
     elif config.perceptual_weight:
         print("autoencoder: no perceptual term (the lpips package is not installed)")
-    optimizer = torch.optim.Adam(ae.parameters(), config.lr, betas=(0.5, 0.9), fused=True)
+    betas = (0.5, 0.9) if adversarial else (0.9, 0.99)         # LDM's; without an adversary, the second is faster
+    optimizer = torch.optim.Adam(ae.parameters(), config.lr, betas=betas, fused=True)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.5, 0.9), fused=True) if adversarial else None
 
     step = 0
@@ -716,21 +717,20 @@ def save_pictures(model, ae, data, classes, step, run, device, dtype):
     def decode(x):
         with autocast(device, dtype):
             return to_uint8(torch.cat([ae.decode(part) for part in (x * config.scale + config.shift).split(16)]))
-    rows = min(config.num_classes, 10) or 8
+    x, x_label = data.batch(np.linspace(0, len(data.rows) - 1, 8).astype(int), config, device)
+    low_res = lvae.shrink(x, config) if config.upsample else None
+    rows = 1 if config.upsample else min(config.num_classes, 10) or 8
     label = torch.arange(rows, device=device).repeat_interleave(8) if config.num_classes else None
-    guided = bool(config.num_classes and config.hierarchical_prior)
-    for name in ["", "_guided"][:1 + guided]:
+    names = [c[:16] for c in classes[:rows]] if config.num_classes and classes else None
+    guided = dict(mean_guidance=guidance_levels(config, 1.5), variance_guidance=1.0)
+    for name, weights in [("", {}), ("_guided", guided)][:1 + (config.num_classes > 0 and config.hierarchical_prior)]:
         seed_step(0, 0)                                        # the same noise at every step, so that progress shows
-        weights = dict(mean_guidance=guidance_levels(config, 1.5), variance_guidance=1.0) if name else {}
         with autocast(device, dtype):
-            x = model.generate(n=8 * rows, label=label, **weights)
-        images = decode(x)
-        names = [c[:16] for c in classes[:rows]] if config.num_classes and classes else None
+            images = decode(model.generate(n=8 * rows, label=label, low_res=low_res, **weights))
         picture = grid([images[8 * r:8 * r + 8] for r in range(rows)], row_names=names)
         write(os.path.join(folder, f"{step:07d}{name}.png"), lambda f: picture.save(f, "png"))
-    x, label = data.batch(np.linspace(0, len(data.rows) - 1, 8).astype(int), config, device)
     with autocast(device, dtype):
-        rec = model.generate(model.encode(x, label), label)
+        rec = model.generate(model.encode(x, x_label, low_res=low_res), x_label, low_res=low_res)
     picture = grid([decode(x), decode(rec)], row_names=["encoded", "+ LVAE"])
     write(os.path.join(folder, f"{step:07d}_reconstructions.png"), lambda f: picture.save(f, "png"))
 
