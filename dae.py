@@ -342,7 +342,7 @@ def training_losses(ae, x, discriminator=None, perceptual=None):
     terms["kl"] = kl
     loss = nll + config.kl_weight * kl
     if discriminator is None:
-        return loss, None, terms
+        return loss, None, {k: v.detach() for k, v in terms.items()}
 
     adversarial = -discriminator(rec).float().mean()
     last = ae.decoder.conv_out.weight
@@ -352,7 +352,7 @@ def training_losses(ae, x, discriminator=None, perceptual=None):
     real, fake = discriminator(x).float(), discriminator(rec.detach()).float()            # (B, 1, h, w)
     hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     terms |= {"adversarial": adversarial, "adversarial_weight": weight, "discriminator": hinge}
-    return loss + weight * adversarial, hinge, terms
+    return loss + weight * adversarial, hinge, {k: v.detach() for k, v in terms.items()}
 
 
 # ---------------------------------------------------------------- reading the files people have

@@ -612,7 +612,29 @@ def test_latents_are_cached():
         assert len(np.load("run/latents_train.npy")) == 19, "not rebuilt when the files changed"
 
 
+def test_latents_are_normalised_and_clipped():
+    data = train.Latents(np.array([1.0, 3, 100, -100]).reshape(4, 1, 1, 1, 1), np.array([0, 1, 2, 3]), np.array([0, 1, 3]))
+    config = dataclasses.replace(TINY_CLASSES, shift=1.0, scale=2.0)
+    x, label = data.batch(np.array([2, 1, 0]), config, torch.device("cpu"))
+    assert x.flatten().tolist() == [-4, 1, 0] and label.tolist() == [3, 1, 0]
+    measured = train.measure(dataclasses.replace(data, h=np.array([2.0, 4, 9, 6]).reshape(4, 1, 1, 1, 1)), config)
+    close(measured.shift, 4.0), close(measured.scale, math.sqrt(8 / 3))
+
+
 # ---------------------------------------------------------------- training
+
+
+def test_a_run_that_skips_for_ever_stops():
+    with folder():
+        photos("photos")
+        real = train.train_step
+        train.train_step = lambda *arguments: (None, float("nan"), True)
+        try:
+            refused("100 steps in a row", train.main, *FAST, "--steps", "200", "--log-every", "1000", "--eval-every", "1000",
+                    "--save-every", "1000", "--sample-every", "1000")
+        finally:
+            train.train_step = real
+        assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 0
 
 
 def test_bad_steps_are_skipped():

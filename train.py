@@ -201,6 +201,7 @@ def toy(index, size=64):
     picture = np.asarray(canvas.reduce(OVERSAMPLE))
     return (picture[:, ::-1] if rng.random() < 0.5 else picture).copy(), label  # mirrored: the light is from the right
 
+
 # ---------------------------------------------------------------- images
 
 SOURCES = {  # what a preset's data is called, and where it comes from
@@ -208,6 +209,7 @@ SOURCES = {  # what a preset's data is called, and where it comes from
     "bedroom": ("LSUN Bedroom", "http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip"),
     "imagenet": ("ImageNet (the training folder of synset folders)", "https://image-net.org/download.php"),
 }
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that starts a program
 SMALLEST = 8  # pixels; an image with a shorter side holds nothing to learn
 MEMORY = 512 << 20  # bytes of decoded images that are kept
 
@@ -256,10 +258,11 @@ def to_rgb(image):
 
 def read_image(source, size):
     """An image file (path or file object) -> (size, size, 3) uint8: short side to `size`, centre square. Raises OSError."""
-    with Image.open(source) as image:
-        image.draft("RGB", (2 * size, 2 * size))               # lets the JPEG decoder skip what shrinking would discard
+    Image.init()
+    with Image.open(source, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
         if min(image.size) < SMALLEST:
             raise OSError(f"{image.width}x{image.height} pixels is too small")
+        image.draft("RGB", (2 * size, 2 * size))               # lets the JPEG decoder skip what shrinking would discard
         return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
 
 
@@ -271,7 +274,7 @@ def toy_images(size, count=6144):
 
 def folder_images(path, size):
     """Every image below a folder, sorted. If all lie in sub-folders, and there are several, those are the classes."""
-    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    extensions = {e for e, kind in Image.registered_extensions().items() if kind in FORMATS}
     files, other = [], 0
     for folder, inside, names in os.walk(path, followlinks=True):
         inside[:] = sorted(d for d in inside if not d.startswith("."))
@@ -290,7 +293,8 @@ def folder_images(path, size):
         classes = []
     number = {c: i for i, c in enumerate(classes)}
     labels = np.array([number.get(p, 0) for p in parts], np.int64)
-    listing = [(f, s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(os.path.join(path, f))]]
+    stats = [os.stat(p) if os.path.exists(p) else os.lstat(p) for p in (os.path.join(path, f) for f in files)]
+    listing = [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)]
     return Images([os.path.join(path, f) for f in files], labels, classes, size,
                   lambda i: read_image(os.path.join(path, files[i]), size), repr(listing))
 
@@ -472,7 +476,7 @@ def train_dae(images, indices, config, run, device, dtype):
     optimizer = torch.optim.Adam(ae.parameters(), config.lr, betas=betas, fused=True)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.5, 0.9), fused=True) if adversarial else None
 
-    step = 0
+    step = skipped = 0
     if os.path.exists(path):
         state = daes.read(path)
         compare_configs(state.get("dae_config", {}), asdict(config), path)
@@ -490,23 +494,23 @@ def train_dae(images, indices, config, run, device, dtype):
             state |= {"discriminator": discriminator.state_dict(), "d_optimizer": d_optimizer.state_dict()}
         write(path, lambda file: torch.save(state, file))
 
-    def read_batch(number):
+    def read_batch(number):                                    # numpy only: torch's threads belong to the main one
+        mirror = np.random.default_rng((run.seed, number)).random(config.batch) < (0.5 if run.flip else 0)
         chosen = []
-        for i in batch_indices(run.seed, len(indices), config.batch, number):
+        for i, mirrored in zip(batch_indices(run.seed, len(indices), config.batch, number), mirror):
             following = (images.read(indices[(i + k) % len(indices)]) for k in range(len(indices)))
-            chosen.append(next((image for image in following if image is not None), None))   # a bad one: the next instead
-            if chosen[-1] is None:
+            image = next((image for image in following if image is not None), None)    # a bad one: the next instead
+            if image is None:
                 raise UserError(f"no usable image among {len(indices)}: {next(iter(images.bad.items()))}")
-        x = to_tensor(chosen)
-        mirror = torch.rand(len(x), generator=torch.Generator().manual_seed(number)) < (0.5 if run.flip else 0)
-        return torch.where(mirror[:, None, None, None], x.flip(3), x)
+            chosen.append(image[:, ::-1] if mirrored else image)
+        return chosen
 
     bar = tqdm(total=config.steps, initial=step, desc="autoencoder", unit="step", disable=step >= config.steps)
     with ThreadPoolExecutor(1) as reader:                      # reads a batch ahead
         ahead = reader.submit(read_batch, step)
         started, since = time.time(), step
         while step < config.steps:
-            x = ahead.result().to(device)
+            x = to_tensor(ahead.result()).to(device)
             ahead = reader.submit(read_batch, step + 1)
             step += 1
             seed_step(run.seed, step)
@@ -518,19 +522,22 @@ def train_dae(images, indices, config, run, device, dtype):
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in ae.parameters()])
-            if norm.isfinite():
+            skipped = 0 if norm.isfinite() else skipped + 1    # in a row
+            if skipped == 100:
+                raise UserError(f"the autoencoder's gradient was not finite for 100 steps: lower --dae-lr; {path} holds the last save")
+            if not skipped:
                 optimizer.step()
-            if hinge is not None:
-                d_optimizer.zero_grad()
-                hinge.backward()
-                d_optimizer.step()
+                if hinge is not None:
+                    d_optimizer.zero_grad()
+                    hinge.backward()
+                    d_optimizer.step()
             bar.update()
             if step % run.log_every == 0 or step == config.steps:
                 stats = {k: round(float(v), 5) for k, v in terms.items()}
                 rate = (step - since) * config.batch / (time.time() - started)
                 started, since = time.time(), step
                 bar.set_postfix(l1=stats["l1"])
-                write_log(run.out, stage="dae", step=step, loss=round(float(loss), 3), **stats,
+                write_log(run.out, stage="dae", step=step, loss=round(loss.item(), 3), **stats,
                           grad_norm=round(float(norm), 3), lr=optimizer.param_groups[0]["lr"], images_per_s=round(rate, 1))
             if step % run.save_every == 0 or step == config.steps:
                 save()
