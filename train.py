@@ -569,17 +569,23 @@ def encode_images(ae, images, run, name, device, dtype):
     shape = (len(images.names), views, ae.config.z_channels, side, side)
     path = os.path.join(run.out, f"latents_{name}.npy")
     notes_path = path[:-len(".npy")] + ".json"
-    notes = {"key": key, "done": 0, "bad": {}}
-    if os.path.exists(path) and os.path.exists(notes_path):
+    notes, cache = {"key": key, "done": 0, "bad": {}}, None
+    try:
         with open(notes_path) as file:
             found = json.load(file)
-        if found.get("key") == key:
-            notes = found
-    try:
-        cache = np.lib.format.open_memmap(path, "r+" if notes["done"] else "w+", shape=shape,
-                                          dtype=np.uint8 if isinstance(ae, daes.Identity) else np.float16)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+        if found["key"] == key and found["done"]:
+            cache, notes = np.lib.format.open_memmap(path, "r+"), found
+    except (OSError, ValueError, KeyError):                    # none, or broken: encode anew
+        pass
+    if cache is None:
+        try:
+            cache = np.lib.format.open_memmap(path, "w+", shape=shape,
+                                              dtype=np.uint8 if isinstance(ae, daes.Identity) else np.float16)
+            if hasattr(os, "posix_fallocate"):                 # a full disk is an error now, not a crash later
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     images.bad.update(notes["bad"])
 
     def save():
@@ -599,9 +605,10 @@ def encode_images(ae, images, run, name, device, dtype):
                 x = to_tensor([image for _, image in good]).to(device)
                 with autocast(device, dtype):
                     h = torch.stack([ae.encode(v) for v in [x, x.flip(3)][:views]], dim=1).float().cpu().numpy()
+                h = h.round() if cache.dtype == np.uint8 else h.astype(cache.dtype)
                 for (i, _), row in zip(good, h):
                     if np.isfinite(row).all():
-                        cache[i] = row if cache.dtype == np.float16 else row.round()
+                        cache[i] = row
                     else:
                         images.bad[images.names[i]] = "the autoencoder's output is not finite"
             notes["done"] = min(notes["done"] + batch, shape[0])
