@@ -86,7 +86,7 @@ PRESETS = {
     "vq-f8-n256": Config(z_channels=4, mult=(1, 2, 2, 4), attention=(3,), codebook=256),
     "vq-f16": Config(z_channels=8, mult=(1, 1, 2, 2, 4), attention=(4,), codebook=16384),
     # Ours: small enough to train on a laptop.
-    "small-f4": Config(z_channels=4, width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2200,
+    "small-f4": Config(z_channels=4, width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2000,
                        adversarial_weight=0.0),
 }
 

@@ -948,9 +948,11 @@ def missing_inputs(run, preset):
         steps.append(f"{what} must be the autoencoder {stage}, the model.ckpt in "
                      f"https://ommer-lab.com/files/latent-diffusion/{stage}.zip")
     if steps:
-        needs = f" --dae {run.dae or stage + '/model.ckpt'}" if stage in daes.PRESETS else ""
+        data = run.data if run.data and os.path.exists(run.data) else "PATH"
+        dae = run.dae if run.dae in ("train", "none") or os.path.exists(run.dae) else f"{stage}/model.ckpt"
         raise UserError(f"--dataset {run.dataset} needs files of yours. " + ". ".join(steps) +
-                        f". Then: python train.py --dataset {run.dataset} --data {run.data or 'PATH'}{needs}")
+                        f". Then: python train.py --dataset {run.dataset} --data {data}"
+                        + f" --dae {dae}" * (stage in daes.PRESETS))
 
 
 def fit_levels(config, resolution):
