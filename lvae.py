@@ -128,7 +128,7 @@ PRESETS = {
         resolution=16, data_channels=4, num_classes=8, first_stage="train", scale=0.0, width=64, encoder_width=64,
         mult=(1, 2, 2, 2), ffn=(0, 2, 2, 2), groups=(2, 4, 4, 2), encoder_layers=(2, 2, 2, 1), attention_layers=(0, 1, 1, 0),
         heads=(0, 4, 4, 0), hierarchical_prior=True, sigma_q=0.2, spectral_weight=0.1, kl_schedule=("shifted_exp", 100, 10),
-        batch=32, lr=1e-3, ema=0.995, steps=1600),
+        batch=32, lr=1.5e-3, ema=0.995, steps=1200),
     "church": Config(
         resolution=32, data_channels=4, first_stage="kl-f8", shift=0.25, scale=4.1, width=192, encoder_width=192, **_CHURCH),
     "church-rgb32": Config(

@@ -40,7 +40,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------- the toy scenes: a data set drawn by code
 
 SEED, OVERSAMPLE = 1789, 4
-BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.20, "windmill": 0.84, "lighthouse": 0.36, "temple": 1.50,
+BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.20, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.50,
            "pyramid": 1.60, "mosque": 1.28}  # the width of each landmark as a multiple of its height
 TOY_CLASSES = tuple(BREADTH)
 WALLS = (238, 226, 200), (214, 160, 118), (192, 104, 86), (226, 190, 124), (206, 198, 204), (162, 180, 190), (240, 238, 234)
@@ -121,20 +121,20 @@ def landmark(name, brush, rng, wall, roof, gap):
         for x, y, width, height in (0, 0, 0.26, 0.30), (-0.43, left - 0.36, 0.09, 0.17), (0.43, right - 0.36, 0.09, 0.17):
             arch(gap, x, y, width, height)
     elif name == "windmill":
-        block(wall, 0, 0, 0.42, 0.58, top=0.62)
-        dome(roof, 0, 0.56, 0.31, 0.18)
+        block(wall, 0, 0, 0.50, 0.58, top=0.62)
+        dome(roof, 0, 0.56, 0.36, 0.18)
         arch(gap, 0, 0, 0.13, 0.20)
-        sail = np.array((-0.015j, 0.10 - 0.035j, 0.41 - 0.045j, 0.41 + 0.085j, 0.10 + 0.065j, 0.015j))
+        sail = np.array((-0.03j, 0.08 - 0.06j, 0.43 - 0.08j, 0.43 + 0.11j, 0.08 + 0.09j, 0.03j))
         for quarter in rng.uniform(0.15, 0.85) + np.arange(4):  # a complex factor turns the sail
             brush.polygon(roof[0], [(p.real, 0.58 + p.imag) for p in sail * np.exp(0.5j * np.pi * quarter)])
     elif name == "lighthouse":
         edges = np.linspace(0, 1, rng.choice((6, 8)))
         for i, (low, high) in enumerate(zip(edges, edges[1:])):  # the stripes of a tower that tapers to 0.6 of its foot
-            width = 0.36 * (1 - 0.4 * low)
-            block((wall, roof)[i % 2], 0, 0.72 * low, width, 0.72 * (high - low), top=0.36 * (1 - 0.4 * high) / width)
-        block(roof, 0, 0.72, 0.32, 0.05)
-        block(gap, 0, 0.77, 0.18, 0.11)
-        dome(roof, 0, 0.88, 0.26, 0.12)
+            width = 0.50 * (1 - 0.4 * low)
+            block((wall, roof)[i % 2], 0, 0.72 * low, width, 0.72 * (high - low), top=0.50 * (1 - 0.4 * high) / width)
+        block(roof, 0, 0.72, 0.44, 0.05)
+        block(gap, 0, 0.77, 0.26, 0.11)
+        dome(roof, 0, 0.88, 0.36, 0.12)
     elif name == "temple":
         block(wall, 0, 0, 1.50, 0.07, lit=0.8)
         block(wall, 0, 0.07, 1.36, 0.07, lit=0.8)
@@ -191,8 +191,10 @@ def toy(index, size=64):
     name, breadth = list(BREADTH.items())[label]
     sky, *colours = (choices[rng.integers(len(choices))] for choices in (SKIES, WALLS, ROOFS, GROUNDS))
     wall, roof, ground = np.array(colours) + rng.uniform(-14, 14, (3, 3))
-    unit = rng.uniform(0.50, min(0.75, 0.92 / breadth))  # the height of the landmark, which stays inside the frame
-    x, y = rng.uniform((0.03 + breadth * unit / 2, 0.08), (0.97 - breadth * unit / 2, 0.17))
+    tallest = min(0.80, 0.92 / breadth)
+    unit = rng.uniform(0.78, 1.0) * tallest  # the height of the landmark, which stays inside the frame
+    room = min(0.12, 0.47 - breadth * unit / 2)
+    x, y = rng.uniform((0.5 - room, 0.08), (0.5 + room, 0.15))
     canvas = backdrop(size * OVERSAMPLE, rng, sky, ground, horizon=y + rng.uniform(0.05, 0.16))
     light, brush = sky[2], Brush(canvas, x, y, unit)
     brush.ellipse(tint(0.66 * ground, light), 0.12, 0, breadth, 0.12)  # the shadow on the ground
