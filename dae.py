@@ -17,6 +17,7 @@ Shapes: B batch, H W image size, C latent channels, f downsampling factor. Needs
 import pickle
 import types
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
@@ -55,13 +56,13 @@ class Config:
         for name in ("mult", "attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists come back from files
         for ok, message in [
-                (self.mult and min(self.mult) > 0, f"mult must be positive numbers, not {self.mult}"),
+                (self.mult and all(isinstance(m, (int, float)) and m > 0 for m in self.mult), f"mult must be positive numbers, not {self.mult}"),
                 (all(c % 32 == 0 and c > 0 for c in (self.width, *self.widths)),
                  f"width times mult must be multiples of 32, not {self.widths}"),
                 (all(level in range(len(self.mult)) for level in self.attention),
                  f"attention must name levels 0 to {len(self.mult) - 1}, not {self.attention}"),
                 (self.z_channels > 0 and self.blocks > 0 and self.codebook >= 0, "sizes must be positive"),
-                (self.batch > 0, "batch must be positive")]:
+                (self.batch > 0 and self.steps >= 0 and self.lr > 0, "batch and lr must be positive, steps not negative")]:
             if not ok:
                 raise ValueError(f"dae config: {message}")
 
@@ -314,12 +315,12 @@ class Discriminator(nn.Module):
 
 
 def perceptual_network():
-    """LPIPS (Zhang et al., 2018) in evaluation mode if the `lpips` package is installed, else None."""
+    """LPIPS (Zhang et al., 2018) in evaluation mode if the `lpips` package and its weights can be had, else None."""
     try:
         import lpips
-    except ImportError:
+        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    except (ImportError, OSError):                             # not installed, or its weights cannot be downloaded
         return None
-    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
 
 
 def training_losses(ae, x, discriminator=None, perceptual=None):
@@ -385,7 +386,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if module == "collections" and name == "OrderedDict":
-            return dict
+            return OrderedDict                                 # a state_dict carries _metadata, which a dict cannot
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
             return super().find_class(module, name)
         if module == "torch" and name == "Size":
@@ -438,7 +439,7 @@ def from_state(state, source="state_dict"):
     try:
         config = config_of(state)
         ae = Autoencoder(config)
-    except (KeyError, ValueError, AttributeError, IndexError) as e:
+    except (KeyError, ValueError, AttributeError, IndexError, TypeError) as e:
         raise LoadError(f"{source}: not an autoencoder that we know ({type(e).__name__}: {e})") from None
     own = ae.state_dict()
     wrong = [k for k in own if k not in state] + [k for k in state if k not in own]

@@ -43,7 +43,7 @@ class Config:
     resolution: int = knob(32, "height and width of what the LVAE models (latents, or pixels), 4 * 2^k")
     data_channels: int = knob(4, "channels of what the LVAE models")
     num_classes: int = knob(0, "number of labels, 0: unconditional")
-    first_stage: str = knob("kl-f8", "the autoencoder: a name in dae.PRESETS, or 'none' to model pixels")
+    first_stage: str = knob("kl-f8", "the autoencoder: a name in dae.PRESETS, 'train', 'file', 'none' (pixels), 'latents'")
     shift: float = knob(0.0, "latents are normalised to (h - shift) / scale")
     scale: float = knob(1.0, "latents are normalised to (h - shift) / scale; 0: measure both on the training set")
     # architecture
@@ -92,6 +92,9 @@ class Config:
             need(len(getattr(self, name)) == whole,
                  f"{name} needs one value per level: {whole} for levels {','.join(map(str, resolutions(self)))}, "
                  f"not {len(getattr(self, name))}")
+        for name in ("mult", "ffn", "groups", "encoder_layers", "attention_layers", "heads"):
+            need(all(isinstance(v, int) for v in getattr(self, name)),
+                 f"{name} takes whole numbers, not {getattr(self, name)}")
         need(min(self.mult + self.groups + self.encoder_layers) > 0, "mult, groups and encoder_layers must be positive")
         need(min(self.ffn + self.attention_layers + self.heads) >= 0, "ffn, attention_layers and heads may not be negative")
         for m, a, h in zip(self.mult, self.attention_layers, self.heads):
@@ -106,7 +109,8 @@ class Config:
              all(isinstance(v, (int, float)) and v >= 0 for v in self.kl_schedule[1:]),
              f"kl_schedule takes positive numbers, not {self.kl_schedule}")
         need(self.sigma_q > 0, "sigma_q must be positive")
-        need(self.batch > 0 and self.accumulate > 0, "batch and accumulate must be positive")
+        need(self.batch > 0 and self.accumulate > 0 and self.lr > 0, "batch, accumulate and lr must be positive")
+        need(self.steps >= 0 and self.warmup >= 0, "steps and warmup may not be negative")
         need(0 <= self.label_dropout <= 1 and 0 <= self.ema < 1, "label_dropout and ema are fractions")
 
 
@@ -176,7 +180,7 @@ class Gaussian(NamedTuple):
 def gaussian(params):
     """Mean and raw variance stacked (B, 2z, H, W) -> Gaussian. Raw 0 is variance 1; the floor keeps logarithms finite."""
     mean, raw = params.float().chunk(2, dim=1)
-    return Gaussian(mean, F.softplus(raw, beta=0.693).clamp_min(1e-12))
+    return Gaussian(mean, F.softplus(raw, beta=0.693).clamp_min(1e-30))
 
 
 def gaussian_kl(q, p):
@@ -493,8 +497,9 @@ class LVAE(nn.Module):
         noise = [None] * sum(self.config.groups) if noise is None else list(noise)
         given = [eps for eps in noise if eps is not None]
         sizes = [len(t) for t in given + [low_res] if t is not None]
-        if torch.is_tensor(label) and label.ndim or isinstance(label, (list, tuple)):
-            sizes.append(len(label))
+        if label is not None:
+            label = torch.as_tensor(label)
+            sizes += [len(label)] if label.ndim else []
         n = n or (sizes[0] if sizes else 1)
         if any(s != n for s in sizes):
             raise ValueError(f"noise, label and low_res are for {sizes} samples, expected {n} of each")
@@ -593,6 +598,8 @@ class LVAE(nn.Module):
         label = torch.as_tensor(classes if label is None else label)
         if label.device.type == "cpu" and label.numel() and not 0 <= label.min() <= label.max() <= classes:
             raise ValueError(f"label {label.tolist()} is out of range: 0 to {classes - 1}, or {classes} for no label")
+        if label.ndim and len(label) != n:
+            raise ValueError(f"{len(label)} labels for {n} samples")
         return label.to(device, torch.long).expand(n)
 
     def _embed(self, label):
@@ -603,7 +610,8 @@ class LVAE(nn.Module):
         levels = len(self.config.groups)
         weights = []
         for name, w in (("mean_guidance", mean_weight), ("variance_guidance", variance_weight)):
-            w = [float(v) for v in w] if isinstance(w, (list, tuple)) else [float(w)] * levels
+            w = torch.as_tensor(w, dtype=torch.float32).flatten().tolist()
+            w = w * levels if len(w) == 1 else w
             if len(w) != levels:
                 raise ValueError(f"{name} takes one number or one per level, coarsest first: {levels}, not {len(w)}")
             weights.append(w)
@@ -646,16 +654,21 @@ class Loss(NamedTuple):
     kl: torch.Tensor                                           # (L,) batch mean per group
 
 
+def distortions(out, x, config):
+    """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats."""
+    mean, logvar, x = out.mean.float(), out.logvar.float(), x.float()
+    var_q = config.sigma_q ** 2
+    kl = 0.5 * ((var_q + (x - mean).square()) * torch.exp(-logvar) - 1 + logvar - math.log(var_q))
+    return kl.sum((1, 2, 3))
+
+
 def objective(out, x, config):
     """loss = distortion + weighted rate + spectral term (Section 3, App. B).
 
     The distortion is the KL from N(x, sigma_q^2) to p(x|z), which keeps the predicted variance above sigma_q^2; -ELBO is
     distortion + rate up to the constant entropy of that noise. out: an Output; x (B, C, H, W). Returns a Loss.
     """
-    mean, logvar, x = out.mean.float(), out.logvar.float(), x.float()
-    var_q = config.sigma_q ** 2
-    distortion = 0.5 * ((var_q + (x - mean).square()) * torch.exp(-logvar) - 1 + logvar - math.log(var_q))
-    distortion = distortion.sum((1, 2, 3)).mean()
+    distortion = distortions(out, x, config).mean()
     weights = kl_weights(out.kl, kl_shares(config))            # (L, B)
     weighted_rate = (weights * out.kl).sum(0).mean()
     spectral = config.spectral_weight * out.spectral

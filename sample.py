@@ -19,7 +19,7 @@ from tqdm import tqdm
 import dae as daes
 import lvae
 from train import (Parser, UserError, autocast, cli, config_from, grid, load_checkpoint, pick_device, pick_dtype, read_image,
-                   to_tensor, to_uint8, write)
+                   reserve, to_tensor, to_uint8, write)
 
 # ---------------------------------------------------------------- the model
 
@@ -93,6 +93,16 @@ class Sampler:
         raise UserError(f"--label {text}: {'fits several classes' if starts else 'no such class'}; "
                         f"expected 0 to {count - 1}{names}, or none")
 
+    @torch.no_grad()
+    def likeliest(self, x):
+        """The class under which the latents x (1, C, h, w) cost the fewest nats: the encoder needs some label."""
+        count = self.config.num_classes
+        x = x.expand(count, -1, -1, -1)
+        noise = [torch.zeros(count, *shape, device=self.device) for shape in self.model.latent_shapes()]
+        with autocast(self.device, self.dtype):
+            out = self.model(x, torch.arange(count, device=self.device), noise)
+        return int((lvae.distortions(out, x, self.config) + out.kl.sum(0)).argmin())
+
     def name(self, label):
         return "no label" if label == self.config.num_classes else self.classes[label] if self.classes else str(label)
 
@@ -149,6 +159,7 @@ def generate(args):
         temporary = args.npz + ".images.tmp"
         os.makedirs(os.path.dirname(os.path.abspath(args.npz)), exist_ok=True)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, sampler.size, sampler.size, 3))
+        reserve(temporary)
     shown = []
     try:
         for start in tqdm(range(0, n, args.batch), desc="sampling", unit="batch", disable=n <= args.batch):
@@ -206,27 +217,32 @@ def reconstruct(args):
     for path in args.images:
         try:
             originals.append(read_image(path, sampler.size))
-        except (OSError, ValueError, SyntaxError) as e:
+        except Exception as e:                                 # whatever a broken file provokes in Pillow
             print(f"skipped {path}: {e}", file=sys.stderr)
             continue
         folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
         labels.append(sampler.label(args.label) if args.label else
-                      sampler.classes.index(folder) if folder in sampler.classes else sampler.config.num_classes)
+                      sampler.classes.index(folder) if folder in sampler.classes else None)
     if not originals:
         raise UserError("no usable image")
-    if sampler.config.num_classes and not args.label and sampler.config.num_classes in labels:
-        print("no --label, and a folder's name is not a class: reconstructing without a label")
+    if sampler.config.num_classes > 100 and None in labels:
+        raise UserError("name the images' class with --label (no folder of theirs has a class's name)")
     rows = [originals, [], []]
     for start in range(0, len(originals), args.batch):
         x = sampler.latents(originals[start:start + args.batch])
-        label = torch.tensor(labels[start:start + args.batch], device=sampler.device) if sampler.config.num_classes else None
         # The posterior's means (noise 0): the most that the latents know of the image.
         zeros = [torch.zeros(len(x), *shape, device=sampler.device) for shape in sampler.model.latent_shapes()]
         low_res = lvae.shrink(x, sampler.config) if sampler.config.upsample else None
+        label = None
+        if sampler.config.num_classes:
+            label = torch.tensor([sampler.likeliest(x[i:i + 1]) if known is None else known
+                                  for i, known in enumerate(labels[start:start + args.batch])], device=sampler.device)
         noise = sampler.model.encode(x, label, zeros, low_res)
         rows[1].extend(sampler.decode(x))
         rows[2].extend(sampler.images(noise, label, low_res=low_res))
     picture = grid(rows, row_names=["original", "autoencoder", "+ LVAE"])
+    if not args.out.lower().endswith(".png"):
+        raise UserError(f"{args.out}: expected a name that ends in .png")
     write(args.out, lambda f: picture.save(f, "png"))
     error = np.mean([np.mean((a.astype(float) - b) ** 2) for a, b in zip(originals, rows[2])])
     print(f"{args.out}: {len(originals)} images, PSNR of the reconstructions {10 * np.log10(255 ** 2 / max(error, 1e-9)):.2f} dB")
@@ -253,7 +269,7 @@ def main(argv=None):
     p = command(generate)
     p.add_argument("--n", type=positive, help="how many (8 per class, or 16)")
     p.add_argument("--label", type=names, help="classes by name, unique beginning or number, separated by commas; none")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
+    p.add_argument("--seed", type=whole, default=0, help="of the noise")
     p.add_argument("--temperature", type=float, default=1.0, help="multiplies the std of every prior")
     p.add_argument("--mean-guidance", type=numbers, default=[0.0], help="w_mu: one number, or one per level, coarsest first")
     p.add_argument("--variance-guidance", type=numbers, default=[0.0], help="w_sigma: likewise")
@@ -264,11 +280,17 @@ def main(argv=None):
 
     p = command(reconstruct)
     p.add_argument("images", nargs="+", help="image files")
-    p.add_argument("--label", help="their class; by default the name of each image's folder, if it is a class")
+    p.add_argument("--label", help="their class; else the folder's name, if that is a class, or the likeliest class")
     p.add_argument("--out", default="reconstructions.png", help="the picture")
 
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     args.function(args)
+
+
+def whole(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
+    return int(text)
 
 
 def positive(text):

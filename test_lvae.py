@@ -224,8 +224,7 @@ def test_gaussians_match_torch_distributions():
     close(lvae.gaussian(torch.tensor([0.0, 3.0]).view(1, 2, 1, 1)).var.flatten(), [math.log1p(math.exp(0.693 * 3)) / 0.693])
     far = lvae.gaussian(torch.tensor([[0.0, -500.0], [0.0, 500.0]])[:, :, None, None])
     assert far.var.log().isfinite().all() and (far.var > 0).all()
-    x, mean, logvar = torch.randn(3, 2, 4, 4, 4).unbind(1)[0], torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
-    x = torch.randn(3, 4, 4, 4)
+    x, mean, logvar = torch.randn(3, 3, 4, 4, 4)
     out = lvae.Output(mean, logvar, torch.ones(10, 3), torch.zeros(()), [])
     expected = torch.distributions.kl_divergence(torch.distributions.Normal(x, 0.07),
                                                  torch.distributions.Normal(mean, (0.5 * logvar).exp()))
@@ -334,7 +333,16 @@ def test_guidance():
     plain = model.generate(noise, label)
     close(model.generate(noise, label, mean_guidance=0, variance_guidance=[0] * 4), plain, 1e-6)
     close(model.generate(noise, label, mean_guidance=1e-9), plain, 1e-4)               # two streams, the same result
-    close(model.generate(noise, label, mean_guidance=-1, variance_guidance=-1)[:, :, :0], plain[:, :, :0])
+    # One stochastic layer by hand (App. C): two streams, one guided prior, one z for both.
+    block, embedded = model.levels[2][0], model.embedding(torch.tensor([0, 1, 10, 10]))
+    x, eps = torch.randn(4, 32, 8, 8), torch.randn(2, 8, 8, 8)
+    out, latent = block(x, embedded, eps, guidance=(1.5, 0.5))
+    prior = lvae.gaussian(block.prior_block(x, embedded)[:, :16])
+    by_hand = lvae.guide(lvae.Gaussian(prior.mean[:2], prior.var[:2]), lvae.Gaussian(prior.mean[2:], prior.var[2:]), 1.5, 0.5)
+    close(latent.prior.mean, by_hand.mean), close(latent.prior.var, by_hand.var)
+    z = by_hand.mean + by_hand.var.sqrt() * eps
+    h = block.prior_block(x, embedded)[:, 16:]
+    close(out, block.shared_block(x + h + block.zproj(torch.cat([z, z])), embedded))
     assert (model.generate(noise, label, mean_guidance=2.0) - plain).abs().max() > 1e-3
     for arguments in (dict(label=None, mean_guidance=1.0), dict(label=label, mean_guidance=[1.0, 2.0])):
         try:
@@ -391,9 +399,8 @@ def test_blocks_start_near_the_identity():
     model = lvae.LVAE(TINY_CLASSES)
     x, label = torch.randn(2, 32, 8, 8), torch.randn(2, 32)
     for block, limit in ((model.levels[2][0].shared_block, 0.5), (model.encoder.levels[1][0], 0.6)):
-        if isinstance(block, lvae.Block):
-            x_in = torch.randn(2, block.conv1.in_channels, 8, 8)
-            assert (block(x_in, label) - x_in).norm() < limit * x_in.norm()
+        x_in = torch.randn(2, block.conv1.in_channels, 8, 8)
+        assert (block(x_in, label) - x_in).norm() < limit * x_in.norm()
     prior = model.levels[2][0].prior_block(x, label)
     assert prior.abs().max() < 1e-6
     close(lvae.gaussian(prior[:, :16]).var, torch.ones(2, 8, 8, 8), 1e-2)
@@ -486,7 +493,7 @@ def test_vq_decodes_the_nearest_entry():
     nearest = ae.quantize(h)
     table = ae.quantize.embedding.weight
     for b, i, j in ((0, 0, 0), (1, 2, 1)):
-        best = min(table, key=lambda row: float((row - h[b, :, i, j]).square().sum()))
+        best = min(table.detach(), key=lambda row: float((row - h[b, :, i, j]).square().sum()))
         assert torch.equal(nearest[b, :, i, j], best)
     assert torch.equal(ae.decode(h), ae.decode(nearest))
 
@@ -507,9 +514,13 @@ def test_foreign_checkpoints():
     with folder():
         ae = dae.Autoencoder(dataclasses.replace(SMALL, mult=(1, 2, 2), attention=(2,), codebook=8))
         x = torch.rand(1, 3, 16, 16)
-        state = dict(ae.state_dict())
+        state = ae.state_dict()                                # an OrderedDict with _metadata, as Lightning saves it
+        def plus(more):
+            together = state.copy()
+            together.update(more)
+            return together
         extra = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3), "model_ema.decay": torch.ones(())}
-        files = {"lightning.ckpt": {"state_dict": state | extra, "callbacks": {Callback: Callback({"a": 1})}, "epoch": 3},
+        files = {"lightning.ckpt": {"state_dict": plus(extra), "callbacks": {Callback: Callback({"a": 1})}, "epoch": 3},
                  "whole.ckpt": {"state_dict": {"first_stage_model." + k: v for k, v in state.items()} | {"model.x": x}},
                  "bare.pt": state, "hostile.ckpt": {"state_dict": state, "callbacks": Hostile()}}
         for name, content in files.items():
@@ -520,7 +531,7 @@ def test_foreign_checkpoints():
                 close(loaded.decode(loaded.encode(x)), ae.decode(ae.encode(x)), 1e-6)
         assert not os.path.exists("broken-in"), "a file ran code"
 
-        torch.save({"state_dict": state | {"encoder.extra.weight": x}}, "more.ckpt")
+        torch.save({"state_dict": plus({"encoder.extra.weight": x})}, "more.ckpt")
         torch.save({"state_dict": {k: v for k, v in state.items() if k != "decoder.conv_out.bias"}}, "less.ckpt")
         with open("lightning.ckpt", "rb") as whole, open("cut.ckpt", "wb") as cut:
             cut.write(whole.read()[:20_000])
@@ -665,7 +676,7 @@ def test_ema_is_warmed_up():
     close(ema.initial, 0.75 * start + 0.25 * target)
     optimizer = torch.optim.Adam(model.parameters(), 0.0, betas=(0.9, 0.9))
     ema.initial.data.zero_()
-    model.config = dataclasses.replace(config, lr=0.0)
+    model.config = dataclasses.replace(config, lr=1e-30)
     train.train_step(model, ema, optimizer, [(torch.randn(1, 4, 16, 16), None)], 1, torch.device("cpu"), torch.float32)
     close(ema.initial, target * (1 - 2 / 11), 1e-4)
 
@@ -733,6 +744,12 @@ def test_resuming_is_bit_identical():
         assert all(torch.equal(whole[k], resumed[k]) for k in whole), "not the same bits"
         assert log == other_log, "the log repeats or lacks steps"
         refused("trained with width = 16", train.main, *FAST, *options, "--width", "32")
+        refused("trained with seed = 0", train.main, *FAST, *options, "--seed", "1")
+        quiet(train.main, *FAST, *options, "--out", "seed", "--seed", "1")
+        assert not torch.equal(state("seed")[0]["dae.decoder.conv_out.bias"], whole["dae.decoder.conv_out.bias"])
+        os.remove("run/dae.pt")                                # the checkpoint alone is enough
+        quiet(train.main, *FAST, *options)
+        assert not os.path.exists("run/dae.pt") and all(torch.equal(whole[k], v) for k, v in state("run")[0].items())
 
 
 def test_a_full_disk_loses_nothing():
@@ -740,15 +757,18 @@ def test_a_full_disk_loses_nothing():
         path = trained()
         with open(path, "rb") as file:
             before = file.read()
-        real = os.fsync
+        real, calls = torch.save, []
 
-        def full(descriptor):
+        def full(state, file):
+            file.write(b"x" * 100)
+            calls.append(1)
             raise OSError(28, "No space left on device")
-        os.fsync = full
+        torch.save = full
         try:
             refused("No space left", train.main, *FAST, "--steps", "6")
         finally:
-            os.fsync = real
+            torch.save = real
+        assert calls
         with open(path, "rb") as file:
             assert file.read() == before and not [f for f in os.listdir("run") if f.endswith(".tmp")]
 
@@ -798,7 +818,9 @@ def test_samples_depend_on_seed_and_number_only():
             assert sorted(file["arr_1"]) == [0, 0, 0, 0, 1, 1, 1] and file["arr_1"].dtype == np.int64
             assert list(file["arr_1"]) != sorted(file["arr_1"]), "classes are not shuffled"
             stored = {image.tobytes() for image in file["arr_0"]}
-        assert stored == {load("a", i).astype(np.uint8).tobytes() for i in range(7)}
+            label_of = {load("a", i).astype(np.uint8).tobytes(): [0, 0, 0, 0, 1, 1, 1][i] for i in range(7)}
+            assert [label_of[image.tobytes()] for image in file["arr_0"]] == list(file["arr_1"]), "labels went astray"
+        assert stored == set(label_of)
         assert not [f for f in os.listdir(".") if "tmp" in f]
         quiet(sample.main, "generate", path, "--n", "2", "--label", "ri", "--png-dir", "d", "--npz", "d.npz")
         with np.load("d.npz") as file:
@@ -841,7 +863,10 @@ def test_mistakes_are_refused():
                 ("must be one of", "--data", "photos", "--image-size", "20"), ("choose from", "--dataset", "chruch"),
                 ("No such file", "--data", "photos", "--dae", "none.ckpt"), ("heads", "--data", "photos", "--heads", "7,7,7,7"),
                 ("does not fit num_classes", "--data", "photos", "--num-classes", "1", "--dae", "none", "--image-size", "16"),
-                ("invalid int value", "--width", "wide"), ("--device", "--device", "abacus")):
+                ("invalid int value", "--width", "wide"),
+                ("whole numbers", "--data", "photos", "--mult", "1,1.5,1,1", "--dae", "none", "--image-size", "16"),
+                ("--precision", "--precision", "fp16"), ("--seed", "--seed", "-1"), ("--holdout", "--holdout", "1"),
+                ("from 1 up", "--log-every", "0"), ("positive", "--data", "photos", "--lr", "-1"), ("--device", "--device", "abacus")):
             refused(expected, train.main, "--out", "x", *arguments)
         for expected, *arguments in (
                 ("no such class", "--label", "up"), ("no such class", "--label", "2"), ("per level", "--mean-guidance", "1,2"),

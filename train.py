@@ -20,6 +20,8 @@ import math
 import os
 import sys
 import time
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -235,7 +237,7 @@ class Images:
             return self.kept[i]
         try:
             image = self.open(i)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+        except Exception as e:                                 # whatever a broken file provokes in Pillow
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             self.bad[self.names[i]] = reason
             tqdm.write(f"skipped {self.names[i]}: {reason}")
@@ -291,6 +293,8 @@ def folder_images(path, size):
         raise UserError(f"{path}: no image found in it (expected .jpg, .png, ... at any depth)")
     parts = [f.split(os.sep)[0] if os.sep in f else None for f in files]
     classes = sorted(set(parts) - {None})
+    if len(classes) > 1 and None in parts:
+        print(f"{path}: {parts.count(None)} images lie outside the {len(classes)} sub-folders, so these are not classes")
     if len(classes) < 2 or None in parts:
         classes = []
     number = {c: i for i, c in enumerate(classes)}
@@ -388,7 +392,15 @@ def write(path, save):
     except (OSError, RuntimeError) as e:                       # torch reports a full disk as a RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or str(e).splitlines()[0]})") from None
+        cause = e if isinstance(e, OSError) else e.__context__
+        raise UserError(f"{path}: cannot be written ({getattr(cause, 'strerror', None) or str(e).splitlines()[0]})") from None
+
+
+def reserve(path):
+    """Take a sparse file's space on the disk: a full disk is then an error now, not a crash later."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
 def write_log(out, **stats):
@@ -454,7 +466,7 @@ def autocast(device, dtype):
 
 def seed_step(seed, step):
     """All randomness of a step is a function of (seed, step), so resuming needs no generator's state."""
-    torch.manual_seed((seed << 32) + step)
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
 # ---------------------------------------------------------------- stage one: the autoencoder
@@ -473,7 +485,7 @@ def train_dae(images, indices, config, run, device, dtype):
     if perceptual is not None:
         perceptual.to(device)
     elif config.perceptual_weight:
-        print("autoencoder: no perceptual term (the lpips package is not installed)")
+        print("autoencoder: no perceptual term (the lpips package is not installed, or its weights cannot be had)")
     betas = (0.5, 0.9) if adversarial else (0.9, 0.99)         # LDM's; without an adversary, the second is faster
     optimizer = torch.optim.Adam(ae.parameters(), config.lr, betas=betas, fused=True)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.5, 0.9), fused=True) if adversarial else None
@@ -482,6 +494,7 @@ def train_dae(images, indices, config, run, device, dtype):
     if os.path.exists(path):
         state = daes.read(path)
         compare_configs(state.get("dae_config", {}), asdict(config), path)
+        compare_configs(state.get("run", {}), {k: v for k, v in run.origin.items() if k != "dae_options"}, path)
         ae.load_state_dict(state["dae"])
         optimizer.load_state_dict(state["optimizer"])
         if adversarial:
@@ -491,7 +504,8 @@ def train_dae(images, indices, config, run, device, dtype):
     trim_log(run.out, "dae", step)
 
     def save():
-        state = {"dae": ae.state_dict(), "dae_config": asdict(config), "step": step, "optimizer": optimizer.state_dict()}
+        state = {"dae": ae.state_dict(), "dae_config": asdict(config), "step": step, "optimizer": optimizer.state_dict(),
+                 "run": run.origin}
         if adversarial:
             state |= {"discriminator": discriminator.state_dict(), "d_optimizer": d_optimizer.state_dict()}
         write(path, lambda file: torch.save(state, file))
@@ -583,9 +597,7 @@ def encode_images(ae, images, run, name, device, dtype):
         try:
             cache = np.lib.format.open_memmap(path, "w+", shape=shape,
                                               dtype=np.uint8 if isinstance(ae, daes.Identity) else np.float16)
-            if hasattr(os, "posix_fallocate"):                 # a full disk is an error now, not a crash later
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            reserve(path)
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e.strerror})") from None
     images.bad.update(notes["bad"])
@@ -652,7 +664,7 @@ def read_latents(path):
                 raise UserError(f"{path}: expected an array named latents, found {', '.join(file) or 'nothing'}")
             h = file["latents"]
             labels = file["labels"] if "labels" in file else None
-    except (OSError, ValueError, EOFError, KeyError) as e:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path}: cannot be read as .npz ({str(e).splitlines()[0]})") from None
     if h.ndim != 4 or h.dtype.kind not in "fiu" or not len(h) or h.shape[2] != h.shape[3]:
         raise UserError(f"{path}: latents are {h.dtype} {h.shape}, expected numbers (N, C, H, W) with H = W")
@@ -765,7 +777,7 @@ def train_lvae(config, ae, train, held, classes, state, run, device, dtype):
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.9), fused=True)
     step = skipped = 0
     if state:
-        compare_configs(state["config"], asdict(config), path)
+        compare_configs(state["config"] | {"classes": state["classes"]}, asdict(config) | {"classes": classes}, path)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
@@ -776,7 +788,7 @@ def train_lvae(config, ae, train, held, classes, state, run, device, dtype):
     describe(run, config, ae, train, held, device, dtype, sum(p.numel() for p in model.parameters()))
 
     def save():
-        state = {"config": asdict(config), "step": step, "skipped": skipped, "seed": run.seed, "classes": classes,
+        state = {"config": asdict(config), "step": step, "skipped": skipped, "run": run.origin, "classes": classes,
                  "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                  "dae": ae.state_dict() if ae else {}}
         write(path, lambda file: torch.save(state, file))
@@ -971,10 +983,16 @@ def build_config(kind, base, options):
         raise UserError(str(e)) from None
 
 
-def prepare_images(run, preset, model_options, dae_options, device, dtype):
-    """Images -> (config, autoencoder, training Latents, held-out Latents, class names); trains the autoencoder if asked."""
+def prepare_images(run, preset, model_options, dae_options, state, device, dtype):
+    """Images -> (config, autoencoder, training Latents, held-out Latents, class names).
+
+    The autoencoder is that of the checkpoint `state` when resuming, else the one asked for, trained here if need be.
+    """
+    os.makedirs(run.out, exist_ok=True)
     if run.dae == "none":
         ae = daes.Identity()
+    elif state:
+        ae = daes.from_state(state["dae"], os.path.join(run.out, "checkpoint.pt")).to(device)
     elif run.dae == "train":
         ae = None
         dae_config = build_config(daes.Config, daes.PRESETS[run.dae_preset], dae_options)
@@ -992,7 +1010,9 @@ def prepare_images(run, preset, model_options, dae_options, device, dtype):
         raise UserError(f"--image-size {size} does not fit: with an autoencoder of f = {stage.f} it must be one of "
                         f"{', '.join(str(stage.f * r) for r in (4, 8, 16, 32, 64, 128))} ...")
     images = open_images(run.data, size) if run.data else toy_images(size)
-    options = dict(first_stage=run.dae if run.dae in ("none", "train") else preset.first_stage)
+    options = dict(first_stage=run.dae if run.dae in ("none", "train") else "file" if own else preset.first_stage)
+    if run.dae == "train":
+        options["scale"] = 0.0                                 # a preset's constants are those of its own autoencoder
     if own:
         options |= dict(fit_levels(preset, resolution), data_channels=stage.z_channels, num_classes=len(images.classes))
         if run.dae == "none":
@@ -1029,9 +1049,13 @@ def prepare_images(run, preset, model_options, dae_options, device, dtype):
     return config, ae, train, held, images.classes if config.num_classes else []
 
 
-def prepare_latents(run, preset, model_options, device):
+def prepare_latents(run, preset, model_options, state, device):
     """An .npz of latents -> the same as prepare_images; the autoencoder is that of --dae FILE, or None."""
+    if run.dae in ("train", "none") or run.flip or run.val or run.image_size:
+        raise UserError(f"{run.data}: latents are taken as they are; --dae FILE only decodes samples, and --flip, --val and "
+                        "--image-size are for images")
     data = read_latents(run.data)
+    os.makedirs(run.out, exist_ok=True)
     channels, side = data.h.shape[2:4]
     if side < 4 or side & (side - 1):
         raise UserError(f"{run.data}: latents are {side}x{side}; the side must be 4, 8, 16, 32, ...")
@@ -1058,20 +1082,34 @@ def main(argv=None):
     if run.dataset != "toy" and not latents:
         missing_inputs(run, preset)
     run.dae = run.dae or ("" if latents else preset.first_stage)
-    name = os.path.basename(os.path.normpath(run.data)).removesuffix(".npz") if run.data else run.dataset
+    name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run.out = run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset)
+    for ok, message in [
+            (run.precision in ("auto", "bf16", "fp32"), f"--precision is auto, bf16 or fp32, not {run.precision}"),
+            (0 <= run.holdout < 1, f"--holdout is a fraction from 0 up to 1, not {run.holdout}"),
+            (run.seed >= 0, f"--seed may not be negative: {run.seed}"),
+            (min(run.log_every, run.eval_every, run.sample_every, run.save_every) > 0, "--...-every counts steps, from 1 up"),
+            (not dae_options or run.dae == "train", "--dae-... options are for --dae train")]:
+        if not ok:
+            raise UserError(message)
+    if run.data and not os.path.exists(run.data):
+        raise UserError(f"--data {run.data}: no such folder of images, or .npz")
     device = pick_device(run.device)
     dtype = pick_dtype(device, run.precision)
-    os.makedirs(run.out, exist_ok=True)
-
-    if latents:
-        config, ae, train, held, classes = prepare_latents(run, preset, model_options, device)
-    else:
-        config, ae, train, held, classes = prepare_images(run, preset, model_options, dae_options, device, dtype)
-    if not len(train.rows):
-        raise UserError("nothing to train on: every image is bad or held out")
     path = os.path.join(run.out, "checkpoint.pt")
     state = load_checkpoint(path) if os.path.exists(path) else None
+    # What a run is, beside its two configurations: kept with it, so that only the same command resumes it.
+    run.origin = {name: getattr(run, name) for name in ("dataset", "data", "val", "holdout", "dae", "image_size", "flip", "seed")}
+    run.origin["dae_options"] = dae_options
+    if state:
+        compare_configs(state.get("run", {}), run.origin, path)
+
+    if latents:
+        config, ae, train, held, classes = prepare_latents(run, preset, model_options, state, device)
+    else:
+        config, ae, train, held, classes = prepare_images(run, preset, model_options, dae_options, state, device, dtype)
+    if not len(train.rows):
+        raise UserError("nothing to train on: every image is bad or held out")
     if not config.scale:                                       # measured once, then part of the run
         config = (replace(config, shift=state["config"]["shift"], scale=state["config"]["scale"]) if state else
                   measure(train, config))
