@@ -56,6 +56,10 @@ class Sampler:
         return [torch.from_numpy(np.stack([s.standard_normal(shape, np.float32) for s in streams])).to(self.device)
                 for shape in self.model.latent_shapes()]
 
+    def means(self, n):
+        """The posterior's eps that give its means: zeros, a list of (n, z, h, w)."""
+        return [torch.zeros(n, *shape, device=self.device) for shape in self.model.latent_shapes()]
+
     @torch.no_grad()
     def images(self, noise, label, **guidance):
         """Noise (and labels (B,), or None) -> uint8 images (B, H, W, 3)."""
@@ -98,9 +102,8 @@ class Sampler:
         """The class under which the latents x (1, C, h, w) cost the fewest nats: the encoder needs some label."""
         count = self.config.num_classes
         x = x.expand(count, -1, -1, -1)
-        noise = [torch.zeros(count, *shape, device=self.device) for shape in self.model.latent_shapes()]
         with autocast(self.device, self.dtype):
-            out = self.model(x, torch.arange(count, device=self.device), noise)
+            out = self.model(x, torch.arange(count, device=self.device), self.means(count))
         return int((lvae.distortions(out, x, self.config) + out.kl.sum(0)).argmin())
 
     def name(self, label):
@@ -130,6 +133,12 @@ def check_guidance(sampler, args):
     return weights | {"temperature": args.temperature}
 
 
+def check_name(path, *kinds):
+    """Refuse a file's name before the work that would fill it."""
+    if path and not path.lower().endswith(kinds):
+        raise UserError(f"{path}: expected a name that ends in {' or '.join(kinds)}")
+
+
 # ---------------------------------------------------------------- generate
 
 
@@ -147,10 +156,8 @@ def generate(args):
     labels = np.sort(np.arange(n) % len(classes)) if classes else None        # as even as can be, class after class
     if classes:
         labels = np.array(classes)[labels]
-    for path, kind in ((args.out, (".png", ".jpg", ".webp")), (args.npz, (".npz",))):
-        if path and not path.lower().endswith(kind):
-            raise UserError(f"{path}: expected a name that ends in {' or '.join(kind)}")
-
+    check_name(args.out, ".png", ".jpg", ".webp")
+    check_name(args.npz, ".npz")
     out = args.out or (None if args.npz or args.png_dir else "samples.png")
     # Classes are shuffled in the .npz: the Inception Score is taken over consecutive parts.
     place = np.random.default_rng(args.seed).permutation(n)
@@ -212,6 +219,7 @@ def square(images):
 
 def reconstruct(args):
     """Images above what the autoencoder, and the autoencoder with the LVAE, make of them."""
+    check_name(args.out, ".png")
     sampler = make_sampler(args)
     originals, labels = [], []
     for path in args.images:
@@ -230,19 +238,15 @@ def reconstruct(args):
     rows = [originals, [], []]
     for start in range(0, len(originals), args.batch):
         x = sampler.latents(originals[start:start + args.batch])
-        # The posterior's means (noise 0): the most that the latents know of the image.
-        zeros = [torch.zeros(len(x), *shape, device=sampler.device) for shape in sampler.model.latent_shapes()]
         low_res = lvae.shrink(x, sampler.config) if sampler.config.upsample else None
         label = None
         if sampler.config.num_classes:
             label = torch.tensor([sampler.likeliest(x[i:i + 1]) if known is None else known
                                   for i, known in enumerate(labels[start:start + args.batch])], device=sampler.device)
-        noise = sampler.model.encode(x, label, zeros, low_res)
+        noise = sampler.model.encode(x, label, sampler.means(len(x)), low_res)
         rows[1].extend(sampler.decode(x))
         rows[2].extend(sampler.images(noise, label, low_res=low_res))
     picture = grid(rows, row_names=["original", "autoencoder", "+ LVAE"])
-    if not args.out.lower().endswith(".png"):
-        raise UserError(f"{args.out}: expected a name that ends in .png")
     write(args.out, lambda f: picture.save(f, "png"))
     error = np.mean([np.mean((a.astype(float) - b) ** 2) for a, b in zip(originals, rows[2])])
     print(f"{args.out}: {len(originals)} images, PSNR of the reconstructions {10 * np.log10(255 ** 2 / max(error, 1e-9)):.2f} dB")

@@ -9,13 +9,11 @@ import io
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import zipfile
 import zlib
 
 import numpy as np

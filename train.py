@@ -950,7 +950,7 @@ def describe(run, config, ae, train, held, device, dtype, count):
 
 
 def missing_inputs(run, preset):
-    """One message for whatever a preset of the paper still needs, or None."""
+    """Raise one message for whatever a preset of the paper still needs, if anything."""
     steps = []
     name, address = SOURCES[run.dataset.split("-")[0]]
     if not run.data or not os.path.exists(run.data):
@@ -988,7 +988,6 @@ def prepare_images(run, preset, model_options, dae_options, state, device, dtype
 
     The autoencoder is that of the checkpoint `state` when resuming, else the one asked for, trained here if need be.
     """
-    os.makedirs(run.out, exist_ok=True)
     if run.dae == "none":
         ae = daes.Identity()
     elif state:
@@ -1037,6 +1036,7 @@ def prepare_images(run, preset, model_options, dae_options, state, device, dtype
         val = images
         train_rows, held_rows = split(len(images.names), run.holdout)
 
+    os.makedirs(run.out, exist_ok=True)                        # only now: what was asked for fits
     if ae is None:
         print(f"autoencoder {run.dae_preset}: f = {dae_config.f}, batch {dae_config.batch}, {dae_config.steps} steps on "
               f"{len(train_rows)} images of {size}x{size}, {device}, convs in {str(dtype).split('.')[1]}", flush=True)
@@ -1055,7 +1055,6 @@ def prepare_latents(run, preset, model_options, state, device):
         raise UserError(f"{run.data}: latents are taken as they are; --dae FILE only decodes samples, and --flip, --val and "
                         "--image-size are for images")
     data = read_latents(run.data)
-    os.makedirs(run.out, exist_ok=True)
     channels, side = data.h.shape[2:4]
     if side < 4 or side & (side - 1):
         raise UserError(f"{run.data}: latents are {side}x{side}; the side must be 4, 8, 16, 32, ...")
@@ -1072,6 +1071,7 @@ def prepare_latents(run, preset, model_options, state, device):
                         f"range:") + f" num_classes = {config.num_classes}")
     train_rows, held_rows = split(len(data.rows), run.holdout)
     ae = daes.load(run.dae).to(device) if run.dae else None
+    os.makedirs(run.out, exist_ok=True)
     return config, ae, replace(data, rows=train_rows), replace(data, rows=held_rows), []
 
 
@@ -1092,8 +1092,6 @@ def main(argv=None):
             (not dae_options or run.dae == "train", "--dae-... options are for --dae train")]:
         if not ok:
             raise UserError(message)
-    if run.data and not os.path.exists(run.data):
-        raise UserError(f"--data {run.data}: no such folder of images, or .npz")
     device = pick_device(run.device)
     dtype = pick_dtype(device, run.precision)
     path = os.path.join(run.out, "checkpoint.pt")
