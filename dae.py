@@ -7,6 +7,9 @@ autoencoders of latent diffusion (Rombach et al., 2022), KL and VQ, with the par
     h = ae.encode(x)                            # x (B, 3, H, W) in [-1, 1] -> h (B, C, H/f, W/f)
     x = ae.decode(h)
 
+    python dae.py info FILE                     # what a file is
+    python dae.py convert IN OUT.safetensors    # for diffusers; OUT.ckpt: for latent diffusion
+
 Normalisation: h is the raw latent. It is the posterior's mean (KL) or the feature map before quantisation (VQ, which
 quantises at the start of `decode`), with no factor such as 0.18215 applied. Whoever models h shifts and scales it.
 
@@ -14,11 +17,21 @@ quantises at the start of `decode`), with no factor such as 0.18215 applied. Who
 
 Shapes: B batch, H W image size, C latent channels, f downsampling factor. Needs torch only; copy it anywhere.
 """
+import argparse
+import http.client
+import io
+import json
+import math
+import mmap
+import os
 import pickle
-import types
+import shutil
+import struct
+import sys
+import tempfile
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -74,6 +87,8 @@ class Config:
     def f(self):
         return 2 ** (len(self.mult) - 1)
 
+
+ARCHITECTURE = ("z_channels", "width", "mult", "blocks", "attention", "mid_attention", "codebook")  # what a file's tensors tell
 
 # Rombach et al. (2022), Table 8 and the published configs. Attention is at sides 32, 16 and 8 of a 256 x 256 image.
 PRESETS = {
@@ -356,7 +371,10 @@ def training_losses(ae, x, discriminator=None, perceptual=None):
     return loss + weight * adversarial, hinge, {k: v.detach() for k, v in terms.items()}
 
 
-# ---------------------------------------------------------------- reading the files people have
+# ---------------------------------------------------------------- files: containers of tensors, read without running them
+#
+# torch.load(weights_only=True) refuses what Lightning saves, and with weights_only=False it runs what a file says. So both
+# of torch's formats, and safetensors, are read here. All sizes that a file declares are checked against the file's own.
 
 
 class LoadError(ValueError):
@@ -375,55 +393,337 @@ class Inert:
     def __call__(self, *args, **kwargs):
         return Inert()
 
-    def _ignore(self, *args, **kwargs):
+    def append(self, *items):
         pass
 
-    __setstate__ = __setitem__ = append = extend = add = update = _ignore
+    extend = append
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; everything else that a file asks for becomes Inert, and nothing is called."""
+def _tensor(storage, offset, size, stride, *ignored):
+    """What torch._utils._rebuild_tensor_v2 makes, of a flat storage; never larger than the storage."""
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if min(0, offset, *size, *stride) < 0 or math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
+        raise ValueError("a tensor is larger than its storage")
+    return storage.as_strided(size, stride, offset)
+
+
+def _dict(pairs=()):
+    return {k: v for k, v in pairs if isinstance(k, str)} if type(pairs) is list else {}
+
+
+def _tuple(values=()):
+    return tuple(values) if type(values) in (list, tuple) else ()
+
+
+_KNOWN = {
+    "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *ignored: tensor,
+    "collections.OrderedDict": _dict, "torch.Size": _tuple,
+    "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+_LIMIT = 1 << 24  # bytes of a pickle or a header: real ones, with thousands of names, have less than a tenth of it
+
+
+class _Unpickler(pickle._Unpickler):
+    """Builds tensors and plain containers. Whatever else a file names becomes Inert; nothing of the file's is called.
+
+    The interpreter written in Python, because its operations can be replaced: here objects take no state, dictionaries no
+    keys that could be slow or deep to hash, and no operation allocates more than the file holds.
+    """
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, storage):
+        super().__init__(file, encoding="utf-8", errors="replace")
+        self.storage = storage                                 # (dtype, key, count) -> flat tensor
 
     def find_class(self, module, name):
-        if module == "collections" and name == "OrderedDict":
-            return OrderedDict                                 # a state_dict carries _metadata, which a dict cannot
-        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
-            return super().find_class(module, name)
-        if module == "torch" and name == "Size":
-            return tuple
-        return Inert
+        return _KNOWN.get(f"{module}.{name}", Inert)
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _, count, *view = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(count, int) or any(view):
+            raise ValueError("it holds a tensor of an unknown kind")
+        return self.storage(dtype, key, count)
+
+    def _build(self):
+        self.stack.pop()
+
+    def _set_items(self):
+        items = self.pop_mark()
+        self._store(items[::2], items[1::2])
+
+    def _set_item(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._store([key], [value])
+
+    def _store(self, keys, values):
+        if type(self.stack[-1]) is dict:
+            self.stack[-1].update((k if type(k) in (str, int) else Inert(), v) for k, v in zip(keys, values))
+
+    def _add_items(self):                                      # sets stay empty
+        self.pop_mark()
+
+    def _frozen_set(self):
+        self.pop_mark()
+        self.append(Inert())
+
+    def _refuse(self):
+        raise ValueError("it uses an operation that files of weights do not need")
+
+    dispatch |= {pickle.BUILD[0]: _build, pickle.SETITEMS[0]: _set_items, pickle.SETITEM[0]: _set_item,
+                 pickle.ADDITEMS[0]: _add_items, pickle.FROZENSET[0]: _frozen_set, pickle.BYTEARRAY8[0]: _refuse}
 
 
-def read(path):
-    """What a torch file holds, as plain containers and CPU tensors, running nothing from inside it.
+def _view(mapped, dtype, offset, count):
+    """`count` numbers at byte `offset` of a mapped file, as a flat tensor."""
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    raw = torch.frombuffer(mapped, dtype=torch.uint8, offset=offset, count=count * dtype.itemsize)
+    return (raw.clone() if offset % dtype.itemsize else raw).view(dtype)
 
-    Files of weights and plain containers load as they are. Others, such as Lightning's, load with every foreign object
-    replaced by an Inert one. Raises LoadError.
+
+def _read_zip(archive, mapped):
+    """torch.save's format since 1.6: a zip of ROOT/data.pkl and one uncompressed ROOT/data/KEY per storage."""
+    members = {entry.filename: entry for entry in archive.infolist()}
+    roots = [name.removesuffix("data.pkl") for name in members if name.endswith("data.pkl") and name.count("/") < 2]
+    if not roots:
+        raise ValueError("it is a zip of other things than weights")
+    root = roots[0]
+    if f"{root}constants.pkl" in members:
+        raise ValueError("it is a TorchScript program, not a file of weights")
+    if any(e.compress_type != zipfile.ZIP_STORED for e in members.values()) or sum(e.file_size for e in members.values()) > len(mapped):
+        raise ValueError("its parts are compressed or overlap, which torch does not write")
+    if members[f"{root}data.pkl"].file_size > _LIMIT:
+        raise ValueError("its pickle is too long for a file of weights")
+    if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("it was written on a big-endian machine")
+    flat = {}
+
+    def storage(dtype, key, count):
+        if key not in flat:
+            entry = members[f"{root}data/{key}"]
+            name, extra = struct.unpack("<HH", mapped[entry.header_offset + 26:entry.header_offset + 30])
+            if not 0 <= count * dtype.itemsize <= entry.file_size:
+                raise ValueError("a storage is shorter than its tensor")
+            flat[key] = _view(mapped, dtype, entry.header_offset + 30 + name + extra, count)
+        return flat[key]
+    return _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storage).load()
+
+
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch's older format begins with, pickled
+
+
+def _read_legacy(mapped):
+    """torch.save's format before 1.6: five pickles (magic, version, machine, content, keys), then the storages."""
+    stream, flat = io.BytesIO(mapped[:_LIMIT]), {}
+
+    def storage(dtype, key, count):
+        if key not in flat:
+            if not 0 <= count * dtype.itemsize + sum(t.nbytes for t in flat.values()) <= len(mapped):
+                raise ValueError("its storages are longer than the file")
+            flat[key] = torch.empty(count, dtype=dtype)
+        return flat[key]
+    _, _, machine, content, keys = (_Unpickler(stream, storage).load() for _ in range(5))
+    if not machine["little_endian"] or set(keys) != set(flat):
+        raise ValueError("its storages are not all there, or in another byte order")
+    at = stream.tell()
+    for key in keys:
+        if int.from_bytes(mapped[at:at + 8], "little") != len(flat[key]):
+            raise ValueError("a storage is not of the size that it is said to have")
+        flat[key].copy_(_view(mapped, flat[key].dtype, at + 8, len(flat[key])))
+        at += 8 + flat[key].nbytes
+    return content
+
+
+_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+                "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _read_safetensors(mapped):
+    """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors, without gaps or overlaps."""
+    length = int.from_bytes(mapped[:8], "little")
+    if length > min(_LIMIT, len(mapped) - 8):
+        raise ValueError(f"its header has {length} bytes, the file {len(mapped)}")
+    header = json.loads(mapped[8:8 + length])
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (begin, stop), dtype, shape = entry["data_offsets"], _SAFETENSORS[entry["dtype"]], entry["shape"]
+        if begin != end or min([0, *shape]) < 0 or math.prod(shape) * dtype.itemsize != stop - begin:
+            raise ValueError(f"{name} has the bytes {begin} to {stop}, which do not fit its shape or its neighbours")
+        tensors[name] = _view(mapped, dtype, 8 + length + begin, math.prod(shape)).view(shape)
+        end = stop
+    if 8 + length + end != len(mapped):
+        raise ValueError(f"truncated: its tensors need {8 + length + end} bytes, the file has {len(mapped)}")
+    return tensors
+
+
+def _check(content, size):
+    """No maze of containers, and no more tensors than the file has bytes for: whoever uses the content may trust both."""
+    stack, seen, total = [(content, 0)], 0, 0
+    while stack:
+        value, depth = stack.pop()
+        seen += 1
+        if seen > 1_000_000 or depth > 50:
+            raise ValueError("its containers are nested beyond reason")
+        if torch.is_tensor(value):
+            total += value.nbytes
+        elif isinstance(value, (dict, list, tuple)):
+            stack.extend((v, depth + 1) for v in (value.values() if isinstance(value, dict) else value))
+    if total > 2 * size:                                       # tied weights are counted twice
+        raise ValueError(f"its tensors take {total} bytes, the file has {size}")
+
+
+def unpack(archive, folder):
+    """The .ckpt inside latent diffusion's download, extracted into a folder; None if the zip holds none. Raises LoadError."""
+    entry = next((e for e in archive.infolist() if e.filename.endswith(".ckpt")), None)
+    if entry is None:
+        return None
+    if entry.file_size > max(2 << 30, 4 * entry.compress_size):
+        raise LoadError(f"{archive.filename}: {entry.filename} would take {entry.file_size} bytes, which weights do not compress to")
+    path = os.path.join(folder, "model.ckpt")
+    with archive.open(entry) as source, open(path, "wb") as target:
+        shutil.copyfileobj(source, target)
+    return path
+
+
+def read(path, packed=True):
+    """What a file of weights holds, as plain containers and CPU tensors, running nothing from inside it.
+
+    .safetensors, what torch.save writes or ever wrote, and (if `packed`) such a file in a zip; told apart by content. Foreign
+    objects become Inert ones. The tensors are views of the mapped file: copy what is to be kept. Raises LoadError.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise LoadError(f"{path}: a file of weights is expected, this is a folder or a device")
         with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise LoadError(f"{path}: not a checkpoint, or a truncated one (expected torch's zip format)")
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            inert = types.ModuleType("inert")                  # torch asks it for an Unpickler and nothing else
-            inert.Unpickler = _Unpickler
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert)
-    except OSError as e:
-        raise LoadError(f"{path}: {e.strerror or e}") from None
+            head = file.read(512)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if head else b""
+            if head[:4] == b"PK\x03\x04":
+                archive = zipfile.ZipFile(file)
+                with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                    if packed and (inner := unpack(archive, folder)):
+                        return read(inner, packed=False)
+                content = _read_zip(archive, mapped)
+            elif _LEGACY in head[:32]:
+                content = _read_legacy(mapped)
+            elif head[8:9] == b"{":
+                content = _read_safetensors(mapped)
+            else:
+                hint = ("a Git LFS pointer: the file itself was not downloaded" if head.startswith(b"version https://git-lfs") else
+                        "a web page" if head.lstrip()[:1] == b"<" else "empty" if not head else "unknown content")
+                raise LoadError(f"{path}: not a checkpoint ({hint}; expected what torch.save writes, or .safetensors)")
+        _check(content, len(mapped))
+        return content
     except LoadError:
         raise
+    except OSError as e:
+        raise LoadError(f"{path}: {e.strerror or e}") from None
+    except zipfile.BadZipFile:
+        raise LoadError(f"{path}: truncated or damaged (expected a whole zip, as torch.save writes)") from None
     except Exception as e:  # whatever a broken or hostile file provokes; nothing in it has run
-        raise LoadError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:100]})") from None
+        reason = str(e).splitlines()[0][:150] if str(e) else ""
+        raise LoadError(f"{path}: cannot be read as a checkpoint, it is truncated, damaged or hostile "
+                        f"({type(e).__name__}{': ' * bool(reason)}{reason})") from None
+
+
+# ---------------------------------------------------------------- the autoencoder in a file
+#
+# Fragments of parameter names in latent diffusion's files, which are our names, and in diffusers'. Replacing them in this
+# order translates either way. Besides, diffusers counts the decoder's levels coarsest first, and its attention is linear.
+
+_DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_block.resnets.1."),
+              ("mid.attn_1.", "mid_block.attentions.0."), (".down.", ".down_blocks."), (".up.", ".up_blocks."),
+              (".block.", ".resnets."), (".attn.", ".attentions."), (".downsample.", ".downsamplers.0."),
+              (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."), (".norm_out.", ".conv_norm_out."),
+              (".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0.")]
+_OLD_DIFFUSERS = [(".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
+_FIRST = "encoder.conv_in.weight"                              # every autoencoder has it, in both namings
+
+
+def _flip(name, levels):
+    """decoder.up.I. <-> decoder.up.(levels - 1 - I)."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "up"] and parts[2].isdigit():
+        parts[2] = str(levels - 1 - int(parts[2]))
+    return ".".join(parts)
+
+
+def from_diffusers(state):
+    """A state_dict in diffusers' names, new or old, -> latent diffusion's."""
+    levels = 1 + max((int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks.")), default=0)
+    ours = {}
+    for name, value in state.items():
+        for old, new in _DIFFUSERS + _OLD_DIFFUSERS:
+            name = name.replace(new, old)
+        if name.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")):
+            value = value.reshape(*value.shape[:2], 1, 1)      # Linear -> 1x1 conv
+        ours[_flip(name, levels)] = value
+    return ours
+
+
+def to_diffusers(state):
+    """A state_dict in latent diffusion's names -> diffusers' (AutoencoderKL, VQModel)."""
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up."))
+    theirs = {}
+    for name, value in state.items():
+        if name.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")):
+            value = value.flatten(1)
+        name = _flip(name, levels)
+        for old, new in _DIFFUSERS:
+            name = name.replace(old, new)
+        theirs[name] = value
+    return theirs
+
+
+class Found(NamedTuple):
+    """An autoencoder's tensors as a file holds them."""
+    state: dict                                                # latent diffusion's names, the file's own precision
+    naming: str                                                # how the file names them
+    dropped: dict                                              # what else it holds: first part of the name -> tensors
+
+
+def find(content, source):
+    """The autoencoder in what `read` returned, whatever it is wrapped in and however its tensors are named. Raises LoadError."""
+    if not isinstance(content, dict):
+        raise LoadError(f"{source}: holds no autoencoder (expected a dictionary of tensors, found {type(content).__name__})")
+    inside = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, dict)}
+    for where in [""] + sorted(inside, key=lambda k: k not in ("dae", "state_dict")):
+        tensors = {k: v for k, v in (inside[where] if where else content).items() if isinstance(k, str) and torch.is_tensor(v)}
+        prefixes = [k.removesuffix(_FIRST) for k in tensors if k.endswith("." + _FIRST) or k == _FIRST]
+        if prefixes:
+            break
+    else:
+        names = ", ".join(k[:60] for k in list(tensors or inside)[:3])
+        raise LoadError(f"{source}: holds no autoencoder (expected {_FIRST}, found {names or 'no tensors'} ...)")
+    prefix = min(prefixes, key=len)
+    state, dropped = {}, {}
+    for name, value in tensors.items():
+        own = name.removeprefix(prefix)
+        if name.startswith(prefix) and not own.startswith(("loss.", "model_ema.")):
+            state[own] = value
+        else:                                                  # loss.* and the like, or the rest of a larger model
+            group = own.split(".")[0] if name.startswith(prefix) else name.split(".")[0]
+            dropped[group] = dropped.get(group, 0) + 1
+    naming = "latent diffusion's"
+    if any(k.startswith("decoder.mid_block.") for k in state):
+        old = any(k.endswith(".query.weight") for k in state)
+        naming = f"diffusers' ({'old' if old else 'new'} attention names)" if any(".attentions." in k for k in state) else "diffusers'"
+        state = from_diffusers(state)
+    return Found(state, naming + f" under {prefix[:-1]}" * bool(prefix) + f" in {where!r}" * bool(where), dropped)
 
 
 def config_of(state):
-    """The Config that a state_dict in official names was made with. Raises KeyError or ValueError if it is none."""
+    """The Config that a state_dict in latent diffusion's names was made with. Raises KeyError or ValueError if it is none."""
     def count(prefix):
         return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
-    width = len(state["encoder.conv_in.weight"])
+    width = len(state[_FIRST])
     channels = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(count("encoder.down."))]
+    if len(channels) * count("encoder.down.0.block.") > len(state):
+        raise ValueError("its levels have different numbers of blocks")
     codebook = state.get("quantize.embedding.weight")
     return Config(
         z_channels=state["post_quant_conv.weight"].shape[1], width=width,
@@ -432,38 +732,168 @@ def config_of(state):
         mid_attention="encoder.mid.attn_1.q.weight" in state, codebook=0 if codebook is None else len(codebook))
 
 
-def from_state(state, source="state_dict"):
-    """An Autoencoder in evaluation mode from a state_dict in official names. Every tensor is accounted for, or LoadError."""
-    if "encoder.conv_in.weight" not in state:
-        raise LoadError(f"{source}: holds no autoencoder (expected encoder.conv_in.weight, found {', '.join(list(state)[:3])} ...)")
+def fill(make, state, source):
+    """make(), a module in evaluation mode with its own float32 copies of the tensors of `state`.
+
+    Nothing is allocated before every tensor is accounted for: one that is missing, left over or misshapen is a LoadError.
+    """
     try:
-        config = config_of(state)
-        ae = Autoencoder(config)
-    except (KeyError, ValueError, AttributeError, IndexError, TypeError) as e:
-        raise LoadError(f"{source}: not an autoencoder that we know ({type(e).__name__}: {e})") from None
-    own = ae.state_dict()
-    wrong = [k for k in own if k not in state] + [k for k in state if k not in own]
-    wrong += [k for k in own if k in state and own[k].shape != state[k].shape]
+        with torch.device("meta"):                             # shapes only
+            module = make()
+    except Exception as e:  # a configuration or shapes that no model has
+        raise LoadError(f"{source}: not a model that we know ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''})") from None
+    own = module.state_dict()
+    fits = lambda a, b: torch.is_tensor(b) and b.is_floating_point() and a.shape == b.shape
+    wrong = [k for k in own if k not in state or not fits(own[k], state[k])] + [k for k in state if k not in own]
     if wrong:
-        raise LoadError(f"{source}: missing, left over or misshapen: {', '.join(wrong[:4])}" + " ..." * (len(wrong) > 4))
-    ae.load_state_dict(state)
-    return ae.eval()
+        raise LoadError(f"{source}: {len(wrong)} tensors are missing, left over or misshapen: "
+                        + ", ".join(str(k)[:80] for k in wrong[:4]) + " ..." * (len(wrong) > 4))
+    module.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in state.items()}, assign=True)
+    return module.eval()
+
+
+def from_state(state, source="state_dict"):
+    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises LoadError."""
+    return fill(lambda: Autoencoder(config_of(state)), state, source)
 
 
 def load(path):
     """An Autoencoder in evaluation mode from a file, recognised by what is in it. Raises LoadError.
 
-    Reads LDM's model.ckpt as downloaded, its first stage inside a full LDM checkpoint, bare state_dicts, and the
-    checkpoints that train.py writes for either stage.
+    Reads latent diffusion's model.ckpt as downloaded (or still in its zip), the first stage of a full latent diffusion or
+    Stable Diffusion checkpoint, Stable Diffusion's VAEs, diffusers' AutoencoderKL and VQModel, the paper's pipelines, and the
+    checkpoints of train.py. The name of one of the PRESETS that latent diffusion published is fetched.
     """
-    state = read(path)
-    for key in ("dae", "state_dict"):                          # ours; Lightning's
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise LoadError(f"{path}: holds no autoencoder (expected a state_dict, found {type(state).__name__})")
-    state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
-    if any(k.startswith("first_stage_model.") for k in state):
-        state = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
-    state = {k: v.float() for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
-    return from_state(state, path)
+    path = local(path)
+    return from_state(find(read(path), path).state, path)
+
+
+# ---------------------------------------------------------------- latent diffusion's downloads
+
+ADDRESSES = {name: f"https://ommer-lab.com/files/latent-diffusion/{name}.zip" for name in PRESETS if name != "small-f4"}
+
+
+def local(name):
+    """The path of a file: the name itself, or for a published autoencoder its file in torch's hub cache, downloaded if it is
+    not there yet. Raises LoadError."""
+    if name not in ADDRESSES or os.path.exists(name):
+        return name
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    path = os.path.join(folder, f"{name}.ckpt")
+    for found in (path, os.path.join(folder, f"{name}.zip")):
+        if os.path.exists(found):
+            return found
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            archive = os.path.join(temporary, "download.zip")
+            print(f"{name}: downloading {ADDRESSES[name]}", file=sys.stderr)
+            torch.hub.download_url_to_file(ADDRESSES[name], archive)
+            with zipfile.ZipFile(archive) as opened:
+                inner = unpack(opened, temporary)
+            if inner is None:
+                raise OSError("the zip that came holds no .ckpt")
+            os.replace(inner, path)
+    except (OSError, zipfile.BadZipFile, http.client.HTTPException) as e:
+        raise LoadError(f"{name} is not here and could not be downloaded ({getattr(e, 'reason', None) or e}): put "
+                        f"{ADDRESSES[name]} as it is, or the model.ckpt in it as {name}.ckpt, into {folder}") from None
+    return path
+
+
+# ---------------------------------------------------------------- command line
+
+
+def info(path):
+    """What a file is, in a few lines."""
+    path = local(path)
+    found = find(read(path), path)
+    config = from_state(found.state, path).config
+    like = [name for name, preset in PRESETS.items() if all(getattr(preset, k) == getattr(config, k) for k in ARCHITECTURE)]
+    attention = [f"1/{2 ** i} of the image's side" for i in config.attention] + ["the middle"] * config.mid_attention
+    precision = sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values()})
+    print(f"file        {path}")
+    print(f"kind        {'VQ' if config.codebook else 'KL'} autoencoder, {f'as {like[0]}' if like else 'of no preset'}")
+    print(f"latents     f = {config.f}, {config.z_channels} channels; "
+          + (f"codebook of {config.codebook} entries" if config.codebook else "no codebook"))
+    print(f"layers      widths {', '.join(map(str, config.widths))}; {config.blocks} residual blocks per level; "
+          f"attention: {', '.join(attention) or 'none'}")
+    print(f"parameters  {sum(t.numel() for t in found.state.values()):,} in {', '.join(precision)}")
+    print(f"names       {found.naming}")
+    print("left out    " + (", ".join(f"{k}.* ({n} tensors)" for k, n in found.dropped.items()) or "nothing"))
+
+
+def write(path, *parts):
+    """Write a file whole or not at all. Raises LoadError."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            for part in parts:
+                file.write(part)
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        raise LoadError(f"{path}: cannot be written ({e.strerror or e})") from None
+    finally:
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+
+
+def safetensors(state):
+    """The parts of a .safetensors file that holds a state_dict."""
+    names = {dtype: name for name, dtype in _SAFETENSORS.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, value in state.items():
+        header[key] = dict(dtype=names[value.dtype], shape=list(value.shape), data_offsets=[end, end + value.nbytes])
+        end += value.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)), text, *(v.contiguous().flatten().view(torch.uint8).numpy() for v in state.values())]
+
+
+def diffusers_config(config):
+    """The config.json with which diffusers' AutoencoderKL or VQModel takes our weights."""
+    down = ["AttnDownEncoderBlock2D" if i in config.attention else "DownEncoderBlock2D" for i in range(len(config.mult))]
+    kind = (dict(_class_name="VQModel", num_vq_embeddings=config.codebook) if config.codebook else
+            dict(_class_name="AutoencoderKL", scaling_factor=1.0))
+    return kind | dict(
+        down_block_types=down, up_block_types=[name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
+        block_out_channels=config.widths, layers_per_block=config.blocks, latent_channels=config.z_channels,
+        mid_block_add_attention=config.mid_attention)
+
+
+def convert(source, target):
+    """Write an autoencoder in latent diffusion's names (.ckpt, .pt) or in diffusers' (.safetensors). The numbers stay as they
+    are. A target called diffusion_pytorch_model.safetensors gets the config.json that diffusers wants beside it."""
+    state = find(read(local(source)), source).state
+    config = from_state(state, source).config                  # every tensor is accounted for
+    if target.endswith((".ckpt", ".pt")):
+        content = io.BytesIO()
+        torch.save({"state_dict": {k: v.clone() for k, v in state.items()}}, content)
+        write(target, content.getbuffer())
+    elif target.endswith(".safetensors"):
+        write(target, *safetensors(to_diffusers(state)))
+        if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
+            write(os.path.join(os.path.dirname(target), "config.json"), json.dumps(diffusers_config(config), indent=2).encode())
+    else:
+        raise LoadError(f"{target}: expected .ckpt or .pt (latent diffusion's names), or .safetensors (diffusers')")
+    print(f"{target}: {len(state)} tensors")
+
+
+def main(argv=None):
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise LoadError(f"{message} (see --help)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for function, arguments in ((info, ["path"]), (convert, ["source", "target"])):
+        command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        for name in arguments:
+            command.add_argument(name)
+    try:
+        arguments = vars(parser.parse_args(argv))
+        {"info": info, "convert": convert}[arguments.pop("command")](**arguments)
+    except LoadError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
