@@ -401,6 +401,8 @@ class Inert:
 
 def _tensor(storage, offset, size, stride, *ignored):
     """What torch._utils._rebuild_tensor_v2 makes, of a flat storage; never larger than the storage."""
+    if not torch.is_tensor(storage):                           # of a kind that we do not know
+        return Inert()
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if min(0, offset, *size, *stride) < 0 or math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
         raise ValueError("a tensor is larger than its storage")
@@ -424,7 +426,7 @@ _KNOWN = {
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-_LIMIT = 1 << 24  # bytes of a pickle or a header: real ones, with thousands of names, have less than a tenth of it
+_LIMIT = 1 << 23  # bytes of a pickle or a header: real ones, with thousands of names, have less than a fifth of it
 
 
 class _Unpickler(pickle._Unpickler):
@@ -444,9 +446,8 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid):
         kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(count, int) or any(view):
-            raise ValueError("it holds a tensor of an unknown kind")
-        return self.storage(dtype, key, count)
+        known = kind == "storage" and isinstance(dtype, torch.dtype) and not any(view)
+        return self.storage(dtype, key, count) if known else Inert()
 
     def _build(self):
         self.stack.pop()
@@ -606,7 +607,10 @@ def read(path, packed=True):
                 archive = zipfile.ZipFile(file)
                 with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                     if packed and (inner := unpack(archive, folder)):
-                        return read(inner, packed=False)
+                        try:
+                            return read(inner, packed=False)
+                        except LoadError as e:
+                            raise LoadError(str(e).replace(inner, f"{path}: model.ckpt")) from None
                 content = _read_zip(archive, mapped)
             elif _LEGACY in head[:32]:
                 content = _read_legacy(mapped)
@@ -626,8 +630,7 @@ def read(path, packed=True):
         raise LoadError(f"{path}: truncated or damaged (expected a whole zip, as torch.save writes)") from None
     except Exception as e:  # whatever a broken or hostile file provokes; nothing in it has run
         reason = str(e).splitlines()[0][:150] if str(e) else ""
-        raise LoadError(f"{path}: cannot be read as a checkpoint, it is truncated, damaged or hostile "
-                        f"({type(e).__name__}{': ' * bool(reason)}{reason})") from None
+        raise LoadError(f"{path}: a truncated, damaged or hostile file ({type(e).__name__}{': ' * bool(reason)}{reason})") from None
 
 
 # ---------------------------------------------------------------- the autoencoder in a file

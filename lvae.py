@@ -97,6 +97,8 @@ class Config:
                  f"{name} takes whole numbers, not {getattr(self, name)}")
         need(min(self.mult + self.groups + self.encoder_layers) > 0, "mult, groups and encoder_layers must be positive")
         need(min(self.ffn + self.attention_layers + self.heads) >= 0, "ffn, attention_layers and heads may not be negative")
+        need(all(a <= max(blocks) for a, *blocks in zip(self.attention_layers, self.groups, self.encoder_layers)),
+             f"attention_layers {self.attention_layers} may not exceed the blocks of their level")
         for m, a, h in zip(self.mult, self.attention_layers, self.heads):
             need(not a or h > 0 and self.width * m % h == 0 and self.encoder_width * m % h == 0,
                  f"heads {h} must divide width {self.width * m} and encoder_width {self.encoder_width * m}")

@@ -420,22 +420,44 @@ def trim_log(out, stage, step):
 
 
 def load_checkpoint(path):
-    """A checkpoint.pt of stage two -> its dict. Raises UserError."""
-    try:
-        state = daes.read(path)
-    except daes.LoadError as e:
-        raise UserError(str(e)) from None
+    """A checkpoint.pt of stage two, or one of the authors' pipelines, -> a dict with config (an lvae.Config), ema, dae,
+    classes and run (what it was trained on). The tensors are views of the file. Raises LoadError."""
+    state = daes.read(path)
+    if isinstance(state, dict) and "vae.encoder.in_proj.weight" in state:
+        return released_checkpoint(state, path)
     if not isinstance(state, dict) or not {"config", "ema", "dae", "classes"} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of train.py's second stage (expected config, ema, dae, classes)")
-    return state
-
-
-def config_from(state, path):
-    """The lvae.Config in a checkpoint."""
+        raise daes.LoadError(f"{path}: not a checkpoint of train.py's second stage (expected config, ema, dae, classes), nor one "
+                             "of the paper's pipelines")
     try:
-        return lvae.Config(**state["config"])
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{path}: its configuration does not fit this version ({e})") from None
+        config = lvae.Config(**state["config"])
+        if sum(config.groups + config.encoder_layers) > len(state["ema"]):
+            raise ValueError("it has more layers than tensors")
+        return {"run": {}, "step": 0} | state | {"config": config, "classes": [str(name) for name in state["classes"]]}
+    except Exception as e:  # whatever a foreign file holds there
+        raise daes.LoadError(f"{path}: its configuration does not fit this version ({str(e)[:200]})") from None
+
+
+def released_checkpoint(state, path):
+    """A pipeline that the authors published, one dict of dae.* and vae.* tensors, as a checkpoint of ours.
+
+    Which preset it is shows in its shapes. The shift and scale of the latents are the preset's, and attention is "released".
+    """
+    weights = {k.removeprefix("vae."): v for k, v in state.items() if isinstance(k, str) and k.startswith("vae.") and torch.is_tensor(v)}
+    try:
+        ema = lvae.from_released(weights)
+    except (RuntimeError, IndexError) as e:
+        raise daes.LoadError(f"{path}: misshapen weights ({str(e).splitlines()[0][:150]})") from None
+    shapes = {name: value.shape for name, value in ema.items()}
+    for dataset, preset in lvae.PRESETS.items():
+        config = replace(preset, attention="released")
+        with torch.device("meta"):
+            expected = {name: value.shape for name, value in lvae.LVAE(config).state_dict().items()}
+        if shapes == expected:
+            has_dae = any(isinstance(k, str) and k.startswith("dae.") for k in state)
+            return {"config": config, "ema": ema, "dae": daes.find(state, path).state if has_dae else {}, "classes": [], "step": 0,
+                    "run": {"dataset": dataset}}
+    raise daes.LoadError(f"{path}: a pipeline of the paper, but of no preset: {len(weights)} tensors under vae., expected those of "
+                         + ", ".join(name for name in lvae.PRESETS if name != "toy"))
 
 
 # ---------------------------------------------------------------- devices
@@ -496,11 +518,12 @@ def train_dae(images, indices, config, run, device, dtype):
         compare_configs(state.get("dae_config", {}), asdict(config), path)
         compare_configs(state.get("run", {}), {k: v for k, v in run.origin.items() if k != "dae_options"}, path)
         ae.load_state_dict(state["dae"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if adversarial:
             discriminator.load_state_dict(state["discriminator"])
-            d_optimizer.load_state_dict(state["d_optimizer"])
+            d_optimizer.load_state_dict(copy.deepcopy(state["d_optimizer"]))
         step = state["step"]
+        del state                                              # and with it the mapped file
     trim_log(run.out, "dae", step)
 
     def save():
@@ -768,20 +791,23 @@ def guidance_levels(config, weight):
     return [0.0 if side == 1 else weight for side in lvae.resolutions(config)[::-1]]
 
 
-def train_lvae(config, ae, train, held, classes, state, run, device, dtype):
-    """Train the LVAE, from the state of OUT/checkpoint.pt if there is one."""
+def train_lvae(config, ae, train, held, classes, state, init, run, device, dtype):
+    """Train the LVAE: on from the checkpoint `state` of this run, or else with the weights of another, `init`, or anew."""
     path = os.path.join(run.out, "checkpoint.pt")
+    if state:
+        compare_configs(asdict(state["config"]) | {"classes": state["classes"]}, asdict(config) | {"classes": classes}, path)
     seed_step(run.seed, 0)
-    model = lvae.LVAE(config).to(device, memory_format=torch.channels_last)
+    make = lambda: lvae.LVAE(config)
+    model = (daes.fill(make, state["model"], path) if state else daes.fill(make, init["ema"], run.init) if init else make()).train()
+    model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.9), fused=True)
     step = skipped = 0
     if state:
-        compare_configs(state["config"] | {"classes": state["classes"]}, asdict(config) | {"classes": classes}, path)
-        model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         step, skipped = state["step"], state["skipped"]
+        state.clear()                                          # lets go of the mapped file
         print(f"resuming {path} at step {step}")
     trim_log(run.out, "lvae", step)
     board = tensorboard(run.out)
@@ -872,7 +898,9 @@ class Run:
     """What a run reads and writes; the two stages' own options are lvae.Config and dae.Config."""
     dataset: str = lvae.knob("toy", "preset: " + ", ".join(lvae.PRESETS))
     data: str = lvae.knob("", "folder of images (sub-folders are classes), LSUN LMDB folder, or .npz of latents")
-    dae: str = lvae.knob("", "first stage: FILE, 'train' to train one, 'none' to model pixels; empty: the preset's")
+    init: str = lvae.knob("", "begin with the weights, configuration and autoencoder of a checkpoint or of a pipeline of the paper")
+    dae: str = lvae.knob("", "first stage: FILE, a published one's name (kl-f8, vq-f4, ..: downloaded), 'train' to train one, "
+                         "'none' to model pixels; empty: that of --init, or the preset's")
     dae_preset: str = lvae.knob("small-f4", "what --dae train trains: " + ", ".join(daes.PRESETS))
     out: str = lvae.knob("", "the run's folder; empty: runs/DATASET, or runs/ and the data folder's name")
     image_size: int = lvae.knob(0, "side of the square images in pixels; 0: the preset's")
@@ -957,16 +985,11 @@ def missing_inputs(run, preset):
         what = f"--data {run.data}: not there. It" if run.data else "--data"
         steps.append(f"{what} must be {name}, unpacked: {address}")
     stage = preset.first_stage
-    if stage in daes.PRESETS and (not run.dae or run.dae not in ("train", "none") and not os.path.exists(run.dae)):
-        what = f"--dae {run.dae}: not there. It" if run.dae else "--dae"
-        steps.append(f"{what} must be the autoencoder {stage}, the model.ckpt in "
-                     f"https://ommer-lab.com/files/latent-diffusion/{stage}.zip")
+    if run.dae and run.dae not in ("train", "none", *daes.ADDRESSES) and not os.path.exists(run.dae):
+        steps.append(f"--dae {run.dae}: not there. It must be the autoencoder {stage}, which is downloaded if --dae is left out "
+                     f"({daes.ADDRESSES[stage]})")
     if steps:
-        data = run.data if run.data and os.path.exists(run.data) else "PATH"
-        dae = run.dae if run.dae in ("train", "none") or os.path.exists(run.dae) else f"{stage}/model.ckpt"
-        raise UserError(f"--dataset {run.dataset} needs files of yours. " + ". ".join(steps) +
-                        f". Then: python train.py --dataset {run.dataset} --data {data}"
-                        + f" --dae {dae}" * (stage in daes.PRESETS))
+        raise UserError(f"--dataset {run.dataset} needs files of yours. " + ". ".join(steps))
 
 
 def fit_levels(config, resolution):
@@ -983,7 +1006,7 @@ def build_config(kind, base, options):
         raise UserError(str(e)) from None
 
 
-def prepare_images(run, preset, model_options, dae_options, state, device, dtype):
+def prepare_images(run, preset, model_options, dae_options, state, init, device, dtype):
     """Images -> (config, autoencoder, training Latents, held-out Latents, class names).
 
     The autoencoder is that of the checkpoint `state` when resuming, else the one asked for, trained here if need be.
@@ -992,6 +1015,8 @@ def prepare_images(run, preset, model_options, dae_options, state, device, dtype
         ae = daes.Identity()
     elif state:
         ae = daes.from_state(state["dae"], os.path.join(run.out, "checkpoint.pt")).to(device)
+    elif run.dae == "init":
+        ae = daes.from_state(init["dae"], run.init).to(device)
     elif run.dae == "train":
         ae = None
         dae_config = build_config(daes.Config, daes.PRESETS[run.dae_preset], dae_options)
@@ -1002,14 +1027,14 @@ def prepare_images(run, preset, model_options, dae_options, state, device, dtype
         ae = daes.load(run.dae).to(device)
     stage = ae.config if ae else dae_config
 
-    own = run.dataset == "toy"                                 # data of the user's own: the config follows the data
+    own = run.dataset == "toy" and not run.init                # data of the user's own: the config follows the data
     size = run.image_size or preset.resolution * stage.f
     resolution = size // stage.f
     if size % stage.f or resolution < 4 or resolution & (resolution - 1):
         raise UserError(f"--image-size {size} does not fit: with an autoencoder of f = {stage.f} it must be one of "
                         f"{', '.join(str(stage.f * r) for r in (4, 8, 16, 32, 64, 128))} ...")
     images = open_images(run.data, size) if run.data else toy_images(size)
-    options = dict(first_stage=run.dae if run.dae in ("none", "train") else "file" if own else preset.first_stage)
+    options = dict(first_stage=run.dae if run.dae in ("none", "train", *daes.ADDRESSES) else "file" if own else preset.first_stage)
     if run.dae == "train":
         options["scale"] = 0.0                                 # a preset's constants are those of its own autoencoder
     if own:
@@ -1049,7 +1074,7 @@ def prepare_images(run, preset, model_options, dae_options, state, device, dtype
     return config, ae, train, held, images.classes if config.num_classes else []
 
 
-def prepare_latents(run, preset, model_options, state, device):
+def prepare_latents(run, preset, model_options, init, device):
     """An .npz of latents -> the same as prepare_images; the autoencoder is that of --dae FILE, or None."""
     if run.dae in ("train", "none") or run.flip or run.val or run.image_size:
         raise UserError(f"{run.data}: latents are taken as they are; --dae FILE only decodes samples, and --flip, --val and "
@@ -1059,7 +1084,7 @@ def prepare_latents(run, preset, model_options, state, device):
     if side < 4 or side & (side - 1):
         raise UserError(f"{run.data}: latents are {side}x{side}; the side must be 4, 8, 16, 32, ...")
     options = dict(first_stage="latents")
-    if run.dataset == "toy":
+    if run.dataset == "toy" and not run.init:
         options |= dict(fit_levels(preset, side), data_channels=channels,
                         num_classes=0 if data.labels is None else int(data.labels.max()) + 1)
     config = build_config(lvae.Config, preset, options | model_options)
@@ -1070,7 +1095,7 @@ def prepare_latents(run, preset, model_options, state, device):
         raise UserError(f"{run.data}: " + ("no labels, but" if data.labels is None else f"label {data.labels.max()} is out of "
                         f"range:") + f" num_classes = {config.num_classes}")
     train_rows, held_rows = split(len(data.rows), run.holdout)
-    ae = daes.load(run.dae).to(device) if run.dae else None
+    ae = daes.load(run.dae).to(device) if run.dae else daes.from_state(init["dae"], run.init).to(device) if init and init["dae"] else None
     os.makedirs(run.out, exist_ok=True)
     return config, ae, replace(data, rows=train_rows), replace(data, rows=held_rows), []
 
@@ -1081,7 +1106,6 @@ def main(argv=None):
     latents = run.data.endswith(".npz")
     if run.dataset != "toy" and not latents:
         missing_inputs(run, preset)
-    run.dae = run.dae or ("" if latents else preset.first_stage)
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run.out = run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset)
     for ok, message in [
@@ -1096,22 +1120,27 @@ def main(argv=None):
     dtype = pick_dtype(device, run.precision)
     path = os.path.join(run.out, "checkpoint.pt")
     state = load_checkpoint(path) if os.path.exists(path) else None
+    init = load_checkpoint(run.init) if run.init and not state else None
+    if run.init:                                               # the configuration is the file's
+        preset = (state or init)["config"]
+        if run.dataset != "toy" and (found := (state or init)["run"].get("dataset")) != run.dataset:
+            raise UserError(f"--init {run.init}: a model of {found}, not of {run.dataset}")
+    run.dae = run.dae or ("" if latents else "init" if run.init and preset.first_stage != "none" else preset.first_stage)
     # What a run is, beside its two configurations: kept with it, so that only the same command resumes it.
-    run.origin = {name: getattr(run, name) for name in ("dataset", "data", "val", "holdout", "dae", "image_size", "flip", "seed")}
+    run.origin = {name: getattr(run, name) for name in ("dataset", "data", "val", "holdout", "init", "dae", "image_size", "flip", "seed")}
     run.origin["dae_options"] = dae_options
     if state:
         compare_configs(state.get("run", {}), run.origin, path)
 
     if latents:
-        config, ae, train, held, classes = prepare_latents(run, preset, model_options, state, device)
+        config, ae, train, held, classes = prepare_latents(run, preset, model_options, init, device)
     else:
-        config, ae, train, held, classes = prepare_images(run, preset, model_options, dae_options, state, device, dtype)
+        config, ae, train, held, classes = prepare_images(run, preset, model_options, dae_options, state, init, device, dtype)
     if not len(train.rows):
         raise UserError("nothing to train on: every image is bad or held out")
     if not config.scale:                                       # measured once, then part of the run
-        config = (replace(config, shift=state["config"]["shift"], scale=state["config"]["scale"]) if state else
-                  measure(train, config))
-    train_lvae(config, ae, train, held, classes, state, run, device, dtype)
+        config = (replace(config, shift=state["config"].shift, scale=state["config"].scale) if state else measure(train, config))
+    train_lvae(config, ae, train, held, classes, state, init, run, device, dtype)
 
 
 def cli(main):
