@@ -381,6 +381,10 @@ class LoadError(ValueError):
     """A file that cannot be used, in one line: which file, what is wrong, what to do."""
 
 
+def _reason(e):
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:150]}"
+
+
 class Inert:
     """Stands in for every class or function that a pickle names and we do not know. It takes anything and does nothing."""
 
@@ -495,7 +499,8 @@ def _read_zip(archive, mapped):
     root = roots[0]
     if f"{root}constants.pkl" in members:
         raise ValueError("it is a TorchScript program, not a file of weights")
-    if any(e.compress_type != zipfile.ZIP_STORED for e in members.values()) or sum(e.file_size for e in members.values()) > len(mapped):
+    entries = members.values()
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > len(mapped):
         raise ValueError("its parts are compressed or overlap, which torch does not write")
     if members[f"{root}data.pkl"].file_size > _LIMIT:
         raise ValueError("its pickle is too long for a file of weights")
@@ -584,7 +589,7 @@ def unpack(archive, folder):
     if entry is None:
         return None
     if entry.file_size > max(2 << 30, 4 * entry.compress_size):
-        raise LoadError(f"{archive.filename}: {entry.filename} would take {entry.file_size} bytes, which weights do not compress to")
+        raise LoadError(f"{archive.filename}: its .ckpt would take {entry.file_size} bytes, and weights do not shrink so much")
     path = os.path.join(folder, "model.ckpt")
     with archive.open(entry) as source, open(path, "wb") as target:
         shutil.copyfileobj(source, target)
@@ -617,7 +622,7 @@ def read(path, packed=True):
             elif head[8:9] == b"{":
                 content = _read_safetensors(mapped)
             else:
-                hint = ("a Git LFS pointer: the file itself was not downloaded" if head.startswith(b"version https://git-lfs") else
+                hint = ("a Git LFS pointer: the file was not downloaded" if head.startswith(b"version https://git-lfs") else
                         "a web page" if head.lstrip()[:1] == b"<" else "empty" if not head else "unknown content")
                 raise LoadError(f"{path}: not a checkpoint ({hint}; expected what torch.save writes, or .safetensors)")
         _check(content, len(mapped))
@@ -629,8 +634,7 @@ def read(path, packed=True):
     except zipfile.BadZipFile:
         raise LoadError(f"{path}: truncated or damaged (expected a whole zip, as torch.save writes)") from None
     except Exception as e:  # whatever a broken or hostile file provokes; nothing in it has run
-        reason = str(e).splitlines()[0][:150] if str(e) else ""
-        raise LoadError(f"{path}: a truncated, damaged or hostile file ({type(e).__name__}{': ' * bool(reason)}{reason})") from None
+        raise LoadError(f"{path}: a truncated, damaged or hostile file ({_reason(e)})") from None
 
 
 # ---------------------------------------------------------------- the autoencoder in a file
@@ -690,7 +694,7 @@ class Found(NamedTuple):
 
 
 def find(content, source):
-    """The autoencoder in what `read` returned, whatever it is wrapped in and however its tensors are named. Raises LoadError."""
+    """The autoencoder in what `read` returned, whatever it is wrapped in and however it is named. Raises LoadError."""
     if not isinstance(content, dict):
         raise LoadError(f"{source}: holds no autoencoder (expected a dictionary of tensors, found {type(content).__name__})")
     inside = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, dict)}
@@ -714,7 +718,7 @@ def find(content, source):
     naming = "latent diffusion's"
     if any(k.startswith("decoder.mid_block.") for k in state):
         old = any(k.endswith(".query.weight") for k in state)
-        naming = f"diffusers' ({'old' if old else 'new'} attention names)" if any(".attentions." in k for k in state) else "diffusers'"
+        naming = "diffusers'" + (f" ({'old' if old else 'new'} attention names)" * any(".attentions." in k for k in state))
         state = from_diffusers(state)
     return Found(state, naming + f" under {prefix[:-1]}" * bool(prefix) + f" in {where!r}" * bool(where), dropped)
 
@@ -744,7 +748,7 @@ def fill(make, state, source):
         with torch.device("meta"):                             # shapes only
             module = make()
     except Exception as e:  # a configuration or shapes that no model has
-        raise LoadError(f"{source}: not a model that we know ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''})") from None
+        raise LoadError(f"{source}: not a model that we know ({_reason(e)})") from None
     own = module.state_dict()
     fits = lambda a, b: torch.is_tensor(b) and b.is_floating_point() and a.shape == b.shape
     wrong = [k for k in own if k not in state or not fits(own[k], state[k])] + [k for k in state if k not in own]

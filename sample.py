@@ -110,7 +110,8 @@ class Sampler:
         return int((lvae.distortions(out, x, self.config) + out.kl.sum(0)).argmin())
 
     def name(self, label):
-        return "no label" if label == self.config.num_classes else self.classes[label] if self.classes else str(label)
+        return ("no label" if label == self.config.num_classes else
+                self.classes[label] if label < len(self.classes) else str(label))
 
 
 def make_sampler(args):

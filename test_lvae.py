@@ -5,15 +5,21 @@ implementations, and run the command lines as a user would, with good input and 
 """
 import contextlib
 import dataclasses
+import functools
+import http.server
 import io
 import json
 import math
 import os
+import pickle
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import zipfile
 import zlib
 
 import numpy as np
@@ -504,8 +510,13 @@ class Callback:
 
 
 class Hostile:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
     def __reduce__(self):
-        return os.system, ("touch broken-in",)
+        return self.call
 
 
 def test_foreign_checkpoints():
@@ -520,7 +531,7 @@ def test_foreign_checkpoints():
         extra = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3), "model_ema.decay": torch.ones(())}
         files = {"lightning.ckpt": {"state_dict": plus(extra), "callbacks": {Callback: Callback({"a": 1})}, "epoch": 3},
                  "whole.ckpt": {"state_dict": {"first_stage_model." + k: v for k, v in state.items()} | {"model.x": x}},
-                 "bare.pt": state, "hostile.ckpt": {"state_dict": state, "callbacks": Hostile()}}
+                 "bare.pt": state, "hostile.ckpt": {"state_dict": state, "callbacks": Hostile(os.system, "touch broken-in")}}
         for name, content in files.items():
             torch.save(content, name)
             loaded = dae.load(name)
@@ -538,6 +549,218 @@ def test_foreign_checkpoints():
         for name, message in (("more.ckpt", "encoder.extra.weight"), ("less.ckpt", "decoder.conv_out.bias"),
                               ("cut.ckpt", "truncated"), ("text.ckpt", "not a checkpoint"), ("none.ckpt", "No such file")):
             refused(message, lambda arguments: dae.load(arguments[0]), name)
+
+
+def as_old_diffusers(state):
+    for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+        state = {k.replace(new, old): v for k, v in state.items()}
+    return state
+
+
+def test_every_naming_of_autoencoders():
+    """One autoencoder with attention inside a level and an odd width, and one without any, in every file that people have."""
+    with folder():
+        for config in (dae.Config(z_channels=6, width=32, mult=(1, 3, 2), blocks=2, attention=(2,)),
+                       dae.Config(z_channels=3, width=64, mult=(1, 2), blocks=1, mid_attention=False, codebook=8)):
+            ae = dae.Autoencoder(config)
+            state = ae.state_dict()
+            theirs = dae.to_diffusers(state)
+            assert theirs.keys().isdisjoint(state.keys() - {k for k in state if "conv_in" in k or "conv_out" in k or "quant" in k})
+            assert dae.from_diffusers(theirs).keys() == state.keys()
+            torch.save({"state_dict": state, "epoch": 1}, "model.ckpt")
+            with zipfile.ZipFile("download.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.write("model.ckpt")
+            torch.save({"state_dict": {"first_stage_model." + k: v for k, v in state.items()} | {"model.x": torch.ones(1)}}, "full.ckpt")
+            torch.save(state, "before-1.6.pt", _use_new_zipfile_serialization=False)
+            torch.save(as_old_diffusers(theirs), "old.bin")
+            torch.save({"vae." + k: v for k, v in theirs.items()}, "vae.bin")
+            torch.save({"dae." + k: v for k, v in state.items()} | {"dae.loss.x": torch.ones(1), "vae.y": torch.ones(1)}, "pipeline.pt")
+            torch.save({"dae": state, "optimizer": {}, "step": 1}, "ours.pt")
+            for name, weights in (("ldm", state), ("diffusers", theirs)):
+                for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                    dae.write(f"{name}-{str(dtype)[6:]}.safetensors", *dae.safetensors({k: v.to(dtype) for k, v in weights.items()}))
+            files = os.listdir(".")
+            assert len(files) == 14
+            for name in files:
+                loaded = dae.load(name)
+                assert all(getattr(loaded.config, k) == getattr(config, k) for k in dae.ARCHITECTURE), name
+                dtype = torch.float16 if "float16" in name and "b" not in name.split("-")[1] else torch.bfloat16 if "bfloat16" in name else torch.float32
+                for k, v in loaded.state_dict().items():
+                    assert torch.equal(v, state[k].to(dtype).float()) and v.dtype == torch.float32, (name, k)
+            quiet(dae.main, "convert", "model.ckpt", "there.safetensors")
+            quiet(dae.main, "convert", "there.safetensors", "back.ckpt")
+            back = torch.load("back.ckpt", weights_only=True)["state_dict"]
+            assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items()), "not the same bits"
+            said = quiet(dae.main, "info", "full.ckpt")
+            assert "first_stage_model" in said and "model.* (1 tensors)" in said and f"{sum(v.numel() for v in state.values()):,}" in said
+            for name in os.listdir("."):
+                os.remove(name)
+
+
+def hostile_files():
+    """Name -> content of files that are broken, or that try to run code, to hang or to exhaust memory."""
+    state = dae.Autoencoder(SMALL).state_dict()
+
+    def saved(content, **options):
+        file = io.BytesIO()
+        torch.save(content, file, **options)
+        return file.getvalue()
+
+    def zipped(pickled, compression=zipfile.ZIP_STORED, **members):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", compression) as archive:
+            archive.writestr("a/data.pkl", pickled)
+            for name, data in members.items():
+                archive.writestr("a/" + name.replace("_", "/", 1), data)
+        return file.getvalue()
+
+    def tensor(count, offset, size, stride):
+        """The pickle of {"encoder.conv_in.weight": a tensor of such a storage}."""
+        numbers = lambda *values: b"".join(b"\x8a\x08" + struct.pack("<q", v) for v in values)
+        return (b"\x80\x02}X\x16\0\0\0encoder.conv_in.weightctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n"
+                b"X\x01\0\0\x000X\x03\0\0\0cpu" + numbers(count) + b"tQ" + numbers(offset) + b"(" + numbers(*size) + b"t("
+                + numbers(*stride) + b"t\x89}tRs.")
+
+    def safetensors(header, data=b"", length=None):
+        header = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return struct.pack("<Q", len(header) if length is None else length) + header + data
+    entry = lambda shape, begin, end, dtype="F32": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    good, legacy = saved({"state_dict": state}), saved(state, _use_new_zipfile_serialization=False)
+    start = legacy[:legacy.index(b"little_endian") - 20]       # the number and the version
+    machine = pickle.dumps({"little_endian": True}, 2)
+    calls = {"system": (os.system, "touch broken-in"), "eval": (eval, "open('broken-in', 'w')"), "exec": (exec, "open('broken-in', 'w')"),
+             "partial": (functools.partial, os.system, "touch broken-in"), "open": (open, "broken-in", "w"),
+             "popen": (subprocess.Popen, ["touch", "broken-in"]), "map": (map, os.system, ["touch broken-in"]),
+             "torch.load": (torch.load, "x"), "from_file": (torch.from_file, "broken-in", True, 9), "jit": (torch.jit.load, "x"),
+             "setattr": (setattr, "torch", "save", 1)}
+    files = {f"{name}{kind}": saved({"state_dict": Hostile(*call)}, **options) for name, call in calls.items()
+             for kind, options in (("", {}), (" legacy", {"_use_new_zipfile_serialization": False}))}
+    deep = b")" + b"\x85" * 300_000
+    laughs = b"]q\0" + b"".join(b"](" + 2 * (b"h" + bytes([i])) + b"eq" + bytes([i + 1]) for i in range(60))
+    files |= {
+        "memo": zipped(b"\x80\x02]r\xff\xff\xff\x7f."), "bytearray": zipped(b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b"."),
+        "bytes": zipped(b"\x80\x05\x8e" + struct.pack("<Q", 1 << 40) + b"."), "frame": zipped(b"\x80\x04\x95" + b"\xff" * 7 + b"\x0f."),
+        "deep tuple": zipped(b"\x80\x02" + deep + b"."), "deep key": zipped(b"\x80\x02}" + deep + b"K\x01s."),
+        "deep set": zipped(b"\x80\x04\x8f(" + deep + b"\x90."), "deep frozenset": zipped(b"\x80\x04(" + deep + b"\x91."),
+        "deep list": zipped(b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b"."), "laughs": zipped(b"\x80\x02" + laughs + b"."),
+        "cycle": zipped(b"\x80\x02]q\0h\0a."), "digits": zipped(b"I" + b"9" * 1_000_000 + b"\n."), "no pickle": zipped(b""),
+        "long pickle": zipped(b"\x80\x02" + b"]" * (9 << 20)), "build": zipped(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0aK\x01sb."),
+        "bomb": zipped(b"\x80\x02}.", zipfile.ZIP_DEFLATED, data_0=bytes(50 << 20)), "script": zipped(b"}.", **{"constants.pkl": b")."}),
+        "expanded": zipped(tensor(4, 0, (1 << 30, 1 << 10), (0, 0)), data_0=bytes(16)), "negative": zipped(tensor(4, -9, (2,), (1,)), data_0=bytes(16)),
+        "outside": zipped(tensor(1 << 40, 0, (9,), (1,)), data_0=bytes(16)), "backwards": zipped(tensor(4, 0, (2,), (-1,)), data_0=bytes(16)),
+        "no storage": zipped(tensor(4, 0, (2,), (1,))), "huge and empty": zipped(tensor(0, 0, (1 << 40, 0, 3, 3), (1,) * 4), data_0=b""),
+        "zip of a zip": zipped(b"", **{"model.ckpt": zipped(b"", **{"model.ckpt": good})}), "legacy huge": start + machine
+        + tensor(1 << 36, 0, (9,), (1,)) + pickle.dumps(["0"], 2) + struct.pack("<q", 1 << 36), "legacy without storages": start + machine
+        + tensor(4, 0, (4,), (1,)) + pickle.dumps([], 2), "empty": b"", "text": b"hello", "web page": b"<!DOCTYPE html>",
+        "pointer": b"version https://git-lfs.github.com/spec/v1", "plain pickle": pickle.dumps(Hostile(os.system, "touch broken-in")),
+        **{f"cut {n}": good[:n] for n in (3, 999, len(good) - 30)}, **{f"legacy cut {n}": legacy[:n] for n in (30, 999, len(legacy) - 1)},
+        "list": saved([1]), "strings": saved({"state_dict": {"a": "b", 1: 2}}), "integers": saved({k: v.int() for k, v in state.items()}),
+        "levels": saved(state | {f"encoder.down.{i}.block.0.conv1.weight": torch.zeros(32, 0) for i in range(999)}
+                        | {f"encoder.down.0.block.{i}.x": torch.zeros(0) for i in range(999)}),
+        "shared": saved({f"encoder.down.0.block.{i}.conv1.weight": state["decoder.conv_in.weight"] for i in range(999)} | state),
+        "header length": safetensors({"a": entry([2], 0, 8)}, bytes(8), 1 << 60), "offsets": safetensors({"a": entry([1 << 40], 0, 1 << 42)}, bytes(8)),
+        "overlap": safetensors({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)), "negative shape": safetensors({"a": entry([-2, -1], 0, 8)}, bytes(8)),
+        "hole": safetensors({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, bytes(16)), "short": safetensors({"a": entry([2], 0, 8)}, bytes(4)),
+        "long": safetensors({"a": entry([2], 0, 8)}, bytes(99)), "strange type": safetensors({"a": entry([2], 0, 8, "Q4")}, bytes(8)),
+        "nested header": safetensors(b'{"a":' + b"[" * 300_000), "no entry": safetensors({"a": 3}), "no json": safetensors(b"{nonsense"),
+        "words for numbers": safetensors({"a": {"dtype": "F32", "shape": "ab", "data_offsets": "cd"}})}
+    return files
+
+
+def test_hostile_files():
+    with folder():
+        files = hostile_files()
+        assert len(files) > 70
+        for name, content in files.items():
+            with open("file.pt", "wb") as file:
+                file.write(content)
+            started = time.time()
+            for reader in (dae.load, train.load_checkpoint):
+                refused("file.pt", lambda path: reader(path[0]), "file.pt")
+            assert not os.path.exists("broken-in"), f"{name} ran code"
+            assert time.time() - started < 30, f"{name} hangs"
+        for path in (".", os.devnull):
+            refused("folder or a device", lambda arguments: dae.load(arguments[0]), path)
+
+
+def test_downloads():
+    """A published autoencoder by its name: from a server, then from the cache, or one line that says where to put it."""
+    with folder() as path:
+        ae = dae.Autoencoder(SMALL)
+        torch.save({"state_dict": ae.state_dict()}, "model.ckpt")
+        with zipfile.ZipFile("kl-f8.zip", "w") as archive:
+            archive.write("model.ckpt")
+        with open("kl-f4.zip", "wb") as file:
+            file.write(b"PK\x03\x04 half a zip")
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=path)
+        handler.func.log_message = lambda *arguments: None
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        addresses, cache = dict(dae.ADDRESSES), torch.hub.get_dir()
+        assert addresses["vq-f4-noattn"] == "https://ommer-lab.com/files/latent-diffusion/vq-f4-noattn.zip" and len(addresses) == 9
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
+        torch.hub.set_dir(os.path.join(path, "hub"))
+        load = lambda arguments: quiet(lambda names: dae.load(*names), *arguments)
+        dae.ADDRESSES.update({name: f"http://127.0.0.1:{server.server_port}/{name}.zip" for name in addresses})
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                loaded = dae.load("kl-f8")
+            assert torch.equal(loaded.decoder.conv_out.weight, ae.decoder.conv_out.weight)
+            for name, message in (("kl-f4", "could not be downloaded"), ("vq-f4", "vq-f4.zip as it is")):
+                refused(message, load, name)
+            server.shutdown()
+            server.server_close()
+            assert torch.equal(dae.load("kl-f8").decoder.conv_out.weight, ae.decoder.conv_out.weight), "not cached"
+            refused(os.path.join(path, "hub", "checkpoints"), load, "kl-f16")
+            assert os.listdir(os.path.join(path, "hub", "checkpoints")) == ["kl-f8.ckpt"]
+        finally:
+            dae.ADDRESSES.update(addresses)
+            torch.hub.set_dir(cache)
+            os.chdir(path)
+
+
+def test_released_pipelines():
+    """The authors' file: sampled with the paper's guidance and class names, reconstructed with, and trained on from."""
+    config = dataclasses.replace(TINY_CLASSES, num_classes=1000, shift=0.5, scale=2.0, batch=2)
+    model, ae = reference_model(config), dae.Autoencoder(dataclasses.replace(SMALL, attention=()))
+    flat = {"vae." + released_name(k): v for k, v in model.state_dict().items() if not k.endswith(".u")}
+    flat |= {"dae." + k: v for k, v in ae.state_dict().items()} | {"dae.loss.logvar": torch.zeros(())}
+    presets = dict(lvae.PRESETS)
+    with folder():
+        torch.save(flat, "inet_pipeline.pt")
+        refused("of no preset", lambda arguments: sample.Sampler(arguments[0]), "inet_pipeline.pt")
+        lvae.PRESETS["imagenet"] = config
+        try:
+            sampler = sample.Sampler("inet_pipeline.pt")
+            assert sampler.config == dataclasses.replace(config, attention="released") and sampler.size == 32
+            noise = reference_noise(model)
+            close(sampler.model.generate(noise, torch.tensor([0, 1])), model.generate(noise, torch.tensor([0, 1])), 1e-6)
+            assert sampler.label("tench") == sampler.label("TENC") == sampler.label("0") == 0 and sampler.label("toilet t") == 999
+            assert sampler.label("crane") == 517 and sampler.name(134) == "crane bird"
+            refused("great white shark, great grey owl", lambda a: sampler.label(a[0]), "great")
+            pictures = []
+            for options in ([], ["--mean-guidance", "0,1.5,1.5,1.5", "--variance-guidance", "3"], ["--mean-guidance", "0"]):
+                quiet(sample.main, "generate", "inet_pipeline.pt", "--label", "tench", "--n", "2", "--png-dir", "p", *options)
+                pictures.append(np.asarray(Image.open("p/000001.png")))
+            assert np.array_equal(pictures[0], pictures[1]), "the paper's guidance is not the default"
+            assert not np.array_equal(pictures[0], pictures[2])
+            photos("photos", count=2, classes=("a", "b"), size=32)
+            said = quiet(sample.main, "reconstruct", "inet_pipeline.pt", "photos/a/0.png")
+            assert "--label" in said and os.path.exists("reconstructions.png")
+            begin = ["--dataset", "imagenet", "--init", "inet_pipeline.pt", "--data", "photos", "--num-classes", "1000", "--lr", "1e-9",
+                     "--warmup", "0", "--precision", "fp32", "--out", "run", "--holdout", "0", "--log-every", "1"]
+            quiet(train.main, *begin, "--steps", "1")
+            quiet(train.main, *begin, "--steps", "2")
+            state = torch.load("run/checkpoint.pt", weights_only=True)
+            assert state["step"] == 2 and state["config"]["attention"] == "released" and state["config"]["scale"] == 2.0
+            close(state["model"]["out_proj.weight"], model.out_proj.weight, 1e-5)
+            close(state["ema"]["out_proj.weight"], model.out_proj.weight, 1e-5)
+            assert torch.equal(state["dae"]["decoder.conv_out.weight"], ae.decoder.conv_out.weight)
+            refused("not of church", train.main, "--dataset", "church", "--init", "inet_pipeline.pt", "--data", "photos")
+        finally:
+            lvae.PRESETS.clear()
+            lvae.PRESETS.update(presets)
 
 
 # ---------------------------------------------------------------- data

@@ -2,8 +2,9 @@
 
     python train.py                                                  # built-in toy scenes, a laptop, about 10 minutes
     python train.py --data photos/                                   # a folder of images; sub-folders are classes
-    python train.py --data photos/ --dae kl-f8.ckpt --image-size 256 # latents of an official autoencoder
-    python train.py --dataset church --data church_outdoor_train_lmdb --dae kl-f8.ckpt       # the paper's, Table 5
+    python train.py --data photos/ --dae kl-f8 --image-size 256      # latents of an official autoencoder
+    python train.py --dataset church --data church_outdoor_train_lmdb                        # the paper's, Table 5
+    python train.py --dataset church --data DATA --init church_pipeline.pt                   # on from the authors' weights
     python train.py --data latents.npz                               # latents of any other autoencoder
 
 Any option of either stage can be set (`--width 96 --groups 4,4,2,2 --dae-steps 3000`); --help explains each. A run's
@@ -772,7 +773,7 @@ def save_pictures(model, ae, data, classes, step, run, device, dtype):
     low_res = lvae.shrink(x, config) if config.upsample else None
     rows = 1 if config.upsample else min(config.num_classes, 10) or 8
     label = torch.arange(rows, device=device).repeat_interleave(8) if config.num_classes else None
-    names = [c[:16] for c in classes[:rows]] if config.num_classes and classes else None
+    names = [classes[i][:16] if i < len(classes) else str(i) for i in range(rows)] if config.num_classes else None
     guided = dict(mean_guidance=guidance_levels(config, 1.5), variance_guidance=1.0)
     for name, weights in [("", {}), ("_guided", guided)][:1 + (config.num_classes > 0 and config.hierarchical_prior)]:
         seed_step(0, 0)                                        # the same noise at every step, so that progress shows
@@ -1112,8 +1113,7 @@ def main(argv=None):
             (run.precision in ("auto", "bf16", "fp32"), f"--precision is auto, bf16 or fp32, not {run.precision}"),
             (0 <= run.holdout < 1, f"--holdout is a fraction from 0 up to 1, not {run.holdout}"),
             (run.seed >= 0, f"--seed may not be negative: {run.seed}"),
-            (min(run.log_every, run.eval_every, run.sample_every, run.save_every) > 0, "--...-every counts steps, from 1 up"),
-            (not dae_options or run.dae == "train", "--dae-... options are for --dae train")]:
+            (min(run.log_every, run.eval_every, run.sample_every, run.save_every) > 0, "--...-every counts steps, from 1 up")]:
         if not ok:
             raise UserError(message)
     device = pick_device(run.device)
@@ -1126,6 +1126,8 @@ def main(argv=None):
         if run.dataset != "toy" and (found := (state or init)["run"].get("dataset")) != run.dataset:
             raise UserError(f"--init {run.init}: a model of {found}, not of {run.dataset}")
     run.dae = run.dae or ("" if latents else "init" if run.init and preset.first_stage != "none" else preset.first_stage)
+    if dae_options and run.dae != "train":
+        raise UserError("--dae-... options are for --dae train")
     # What a run is, beside its two configurations: kept with it, so that only the same command resumes it.
     run.origin = {name: getattr(run, name) for name in ("dataset", "data", "val", "holdout", "init", "dae", "image_size", "flip", "seed")}
     run.origin["dae_options"] = dae_options
