@@ -128,13 +128,29 @@ def resolutions(config):
 _CHURCH = dict(mult=(1, 1, 1, 1, 1), ffn=(4, 4, 4, 4, 4), groups=(8, 8, 8, 8, 8), encoder_layers=(4, 4, 4, 4, 4),
                attention_layers=(4, 4, 4, 0, 0), heads=(4, 8, 8, 0, 0))
 
-# Table 5 and the released configs; "toy" is ours, chosen to train on a laptop in minutes.
+# Table 5 and the released configs; the toys are ours, chosen to train on a laptop in minutes: the system, and the rivals of
+# Table 1 (an upsampling stack, and pixels) at its size.
 PRESETS = {
     "toy": Config(
         resolution=16, data_channels=4, num_classes=8, first_stage="train", scale=0.0, width=64, encoder_width=64,
         mult=(1, 2, 2, 2), ffn=(0, 2, 2, 2), groups=(2, 4, 4, 2), encoder_layers=(2, 2, 2, 1), attention_layers=(0, 1, 1, 0),
         heads=(0, 4, 4, 0), hierarchical_prior=True, sigma_q=0.2, spectral_weight=0.1, kl_schedule=("shifted_exp", 100, 10),
         batch=32, lr=1.5e-3, ema=0.995, steps=1200),
+    "toy-rgb16": Config(
+        resolution=16, data_channels=3, num_classes=8, first_stage="none", shift=127.5, scale=127.5, width=64, encoder_width=64,
+        mult=(1, 2, 2, 2), ffn=(0, 2, 2, 2), groups=(2, 4, 4, 2), encoder_layers=(2, 2, 2, 1), attention_layers=(0, 1, 1, 0),
+        heads=(0, 4, 4, 0), hierarchical_prior=True, sigma_q=0.1, kl_schedule=("shifted_exp", 100, 10),
+        batch=32, lr=1.5e-3, ema=0.995, steps=1200),
+    "toy-upsampler": Config(
+        resolution=64, data_channels=3, first_stage="none", shift=127.5, scale=127.5, width=32, encoder_width=32, upsample=4,
+        mult=(1, 1, 2), ffn=(0, 0, 2), groups=(2, 3, 3), encoder_layers=(1, 2, 2), attention_layers=(0, 0, 1), heads=(0, 0, 4),
+        sigma_q=0.1, spectral_weight=0.25, kl_schedule=("constant_per", 4, 2, 1), batch=16, lr=1e-3, ema=0.995,
+        skip_threshold=10_000.0, steps=800),
+    "toy-pixel": Config(
+        resolution=64, data_channels=3, num_classes=8, first_stage="none", shift=127.5, scale=127.5, width=32, encoder_width=32,
+        mult=(1, 2, 3, 4, 4, 4), ffn=(0, 0, 2, 2, 2, 2), groups=(2, 3, 4, 4, 4, 2), encoder_layers=(1, 2, 2, 2, 2, 1),
+        attention_layers=(0, 0, 1, 1, 0, 0), heads=(0, 0, 4, 4, 0, 0), hierarchical_prior=True, sigma_q=0.1, spectral_weight=0.25,
+        kl_schedule=("constant_per", 32, 16, 8, 4, 2, 1), batch=16, lr=1e-3, ema=0.995, steps=1200),
     "church": Config(
         resolution=32, data_channels=4, first_stage="kl-f8", shift=0.25, scale=4.1, width=192, encoder_width=192, **_CHURCH),
     "church-rgb32": Config(

@@ -458,7 +458,7 @@ def released_checkpoint(state, path):
             return {"config": config, "ema": ema, "dae": daes.find(state, path).state if has_dae else {}, "classes": [], "step": 0,
                     "run": {"dataset": dataset}}
     raise daes.LoadError(f"{path}: a pipeline of the paper, but of no preset: {len(weights)} tensors under vae., expected those of "
-                         + ", ".join(name for name in lvae.PRESETS if name != "toy"))
+                         + ", ".join(name for name in lvae.PRESETS if not name.startswith("toy")))
 
 
 # ---------------------------------------------------------------- devices
@@ -1105,7 +1105,7 @@ def main(argv=None):
     run, model_options, dae_options = parse(sys.argv[1:] if argv is None else argv)
     preset = lvae.PRESETS[run.dataset]
     latents = run.data.endswith(".npz")
-    if run.dataset != "toy" and not latents:
+    if not run.dataset.startswith("toy") and not latents:
         missing_inputs(run, preset)
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run.out = run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset)
