@@ -401,8 +401,9 @@ class TopDownBlock(nn.Module):
         self.shared_block = Block(c, c, kernel, ffn, label_dim, scale)
 
     def forward(self, x, label, eps=None, evidence=None, guidance=None, temperature=1.0):
-        """x (B, c, H, W), or (2B, ...) under guidance; eps (B, z, H, W) or None to draw it; evidence (features, label) is
-        what the posterior sees; guidance (mean weight, variance weight). Returns x and the Latent."""
+        """x (B, c, H, W), or (2B, ...) under guidance; eps (B, z, H, W), None to draw it, or a function of the prior that
+        gives it; evidence (features, label) is what the posterior sees; guidance (mean weight, variance weight). Returns x and
+        the Latent."""
         h = self.prior_block(x, label)                         # (B, c [+ 2z], H, W)
         if self.hierarchical:
             prior, h = gaussian(h[:, :2 * self.z_dim]), h[:, 2 * self.z_dim:]
@@ -422,6 +423,8 @@ class TopDownBlock(nn.Module):
         source = prior if posterior is None else posterior
         if eps is None:
             eps = torch.randn_like(source.mean)
+        elif callable(eps):
+            eps = eps(source)
         z = source.mean + temperature * source.var.sqrt() * eps              # (B, z, H, W)
         zs = z if guidance is None else torch.cat([z, z])
         x = x + h + self.zproj(zs)
@@ -504,8 +507,10 @@ class LVAE(nn.Module):
         """Samples: the mean of p(x|z), z from the prior. (n, C, H, W), normalised data.
 
         noise: L whitened eps (B, z, h, w), top-down; None, or None for some groups, draws them, so that a prefix of
-            `encode(x)` and then None keeps what the first groups say of x.
-        label: an int, (n,) ints, or None. n: how many, if neither noise nor label says so.
+            `encode(x)` and then None keeps what the first groups say of x. An entry may also be a function of the group's prior,
+            a Gaussian, that returns its eps: (z - mean) / std imposes z.
+        label: an int, (n,) ints, or None; or (n, label_dim) floats, mixtures of rows of `embedding`.
+        n: how many, if neither noise nor label says so.
         mean_guidance, variance_guidance: w_mu and w_sigma of Eq. 2, one number, or one per level, coarsest first;
             0 is unguided. temperature: every prior's std is multiplied by it.
         low_res (n, C, H/f, W/f): an upsampler's input. size (H, W): wider or taller than the training data by whole
@@ -513,7 +518,7 @@ class LVAE(nn.Module):
         Raises ValueError where these do not fit each other or the model.
         """
         noise = [None] * sum(self.config.groups) if noise is None else list(noise)
-        given = [eps for eps in noise if eps is not None]
+        given = [eps for eps in noise if torch.is_tensor(eps)]
         sizes = [len(t) for t in given + [low_res] if t is not None]
         if label is not None:
             label = torch.as_tensor(label)
@@ -522,13 +527,13 @@ class LVAE(nn.Module):
         if any(s != n for s in sizes):
             raise ValueError(f"noise, label and low_res are for {sizes} samples, expected {n} of each")
         device = self.out_proj.weight.device
-        seen = self._labels(label, n, device)
         guidance = self._guidance(mean_guidance, variance_guidance)
+        if guidance is not None and (label is None or not self.config.num_classes):
+            raise ValueError("guidance needs a class-conditional model and a label")
+        embedded = self._embed(self._labels(label, n, device))
         if guidance is not None:
-            if label is None:
-                raise ValueError("guidance needs a class-conditional model and a label")
-            seen = torch.cat([seen, torch.full_like(seen, self.config.num_classes)])
-        mean, _, _ = self._top_down(n, seen, noise, low_res, guidance=guidance, temperature=temperature, size=size)
+            embedded = torch.cat([embedded, self.embedding.weight[-1:].expand(n, -1)])
+        mean, _, _ = self._top_down(n, embedded, noise, low_res, guidance=guidance, temperature=temperature, size=size)
         return mean
 
     def spectral(self):
@@ -556,11 +561,12 @@ class LVAE(nn.Module):
             raise ValueError(f"x is {tuple(x.shape)}, expected (B, {', '.join(map(str, expected))})")
         if self.config.upsample and low_res is None:
             low_res = shrink(x, self.config)
-        features = self.encoder(x, self._embed(label))
+        label = self._embed(label)
+        features = self.encoder(x, label)
         noise = [None] * sum(self.config.groups) if noise is None else list(noise)
-        return self._top_down(len(x), seen, noise, low_res, evidence=(features, self._embed(label)))
+        return self._top_down(len(x), self._embed(seen), noise, low_res, evidence=(features, label))
 
-    def _top_down(self, n, seen, noise, low_res, evidence=None, guidance=None, temperature=1.0, size=None):
+    def _top_down(self, n, label, noise, low_res, evidence=None, guidance=None, temperature=1.0, size=None):
         """The one top-down path. Posterior if there is evidence (features of every level, label embedding), else prior."""
         sides = resolutions(self.config)[::-1]                 # coarsest first
         size = size or self._size(noise)
@@ -568,9 +574,8 @@ class LVAE(nn.Module):
         if len(noise) != len(shapes):
             raise ValueError(f"noise has {len(noise)} entries, expected one per latent group: {len(shapes)}")
         for i, (eps, shape) in enumerate(zip(noise, shapes)):
-            if eps is not None and eps.shape != (n, *shape):
+            if torch.is_tensor(eps) and eps.shape != (n, *shape):
                 raise ValueError(f"noise of group {i} is {tuple(eps.shape)}, expected {(n, *shape)}")
-        label = self._embed(seen)
         streams = n if guidance is None else 2 * n
         if self.config.upsample:
             h, w = (s // self.config.upsample for s in size)
@@ -602,18 +607,22 @@ class LVAE(nn.Module):
         """Data size (H, W) that given noise is for: the training size unless an entry of a level >= 4 is larger."""
         r = self.config.resolution
         for eps, (_, h, w) in zip(noise, self.latent_shapes()):
-            if eps is not None and h > 1:
+            if torch.is_tensor(eps) and h > 1:
                 return r * eps.shape[2] // h, r * eps.shape[3] // w
         return r, r
 
     def _labels(self, label, n, device):
-        """None, an int or ints -> (n,) int64 on `device`; None for an unconditional model. Raises ValueError out of range."""
+        """None, an int or ints -> (n,) int64 on `device`; None for an unconditional model. Embeddings stay. Raises ValueError."""
         classes = self.config.num_classes
         if not classes:
             if label is not None:
                 raise ValueError("this model is unconditional: it takes no label")
             return None
         label = torch.as_tensor(classes if label is None else label)
+        if label.is_floating_point():
+            if label.shape != (n, self.embedding.embedding_dim):
+                raise ValueError(f"embedded labels are {tuple(label.shape)}, expected {(n, self.embedding.embedding_dim)}")
+            return label.to(device)
         if label.device.type == "cpu" and label.numel() and not 0 <= label.min() <= label.max() <= classes:
             raise ValueError(f"label {label.tolist()} is out of range: 0 to {classes - 1}, or {classes} for no label")
         if label.ndim and len(label) != n:
@@ -621,7 +630,8 @@ class LVAE(nn.Module):
         return label.to(device, torch.long).expand(n)
 
     def _embed(self, label):
-        return None if label is None else self.embedding(label)              # (B, label_dim)
+        """Labels (B,) -> (B, label_dim)."""
+        return label if label is None or label.is_floating_point() else self.embedding(label)
 
     def _guidance(self, mean_weight, variance_weight):
         """Weights -> [(w_mu, w_sigma)] per level, coarsest first; None if all are 0."""

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 
@@ -761,6 +762,218 @@ def test_released_pipelines():
         finally:
             lvae.PRESETS.clear()
             lvae.PRESETS.update(presets)
+
+
+# ---------------------------------------------------------------- figures and metrics
+
+
+def test_noise_may_be_a_function_and_labels_a_mixture():
+    model, label = awake(TINY_CLASSES, scale=0.3), torch.tensor([0, 1])
+    x = torch.randn(2, 4, 16, 16)
+    latents = model(x, label).latents
+    impose = [lambda prior, z=latent.z: (z - prior.mean) / prior.var.sqrt() for latent in latents]
+    close(model.generate(impose, label), model.generate([impose[i](l.prior) for i, l in enumerate(latents)], label), 1e-4)
+    noise = [torch.randn(2, *shape) for shape in model.latent_shapes()]
+    table = model.embedding.weight
+    assert torch.equal(model.generate(noise, table[:2]), model.generate(noise, label))
+    close(model.generate(noise, table[:2], mean_guidance=1.0), model.generate(noise, label, mean_guidance=1.0), 1e-6)
+    assert not torch.allclose(model.generate(noise, table[:2].lerp(table[2:4], 0.5)), model.generate(noise, label))
+    try:
+        model.generate(noise, torch.zeros(2, 3))
+    except ValueError as e:
+        assert "expected (2, 32)" in str(e)
+    else:
+        raise AssertionError("a misshapen embedding was accepted")
+
+
+def cells(path, rows, columns, size, left=0, gap=2):
+    """The last `rows` x `columns` images of a grid picture, its names left aside."""
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    top, left = picture.shape[0] - rows * (size + gap) - gap, picture.shape[1] - columns * (size + gap) - gap
+    return [[picture[top + gap + r * (size + gap):][:size, left + gap + c * (size + gap):][:, :size].astype(int) for c in range(columns)]
+            for r in range(rows)]
+
+
+def test_figures():
+    with folder():
+        for prior, options in (("hierarchical", ["--hierarchical-prior"]), ("normal", ["--no-hierarchical-prior", "--num-classes", "0"])):
+            path = trained("--groups", "1,2,2", "--out", prior, *options).replace("run", prior)
+            a, b = os.path.join("photos", "left", "0.png"), os.path.join("photos", "right", "1.png")
+            quiet(sample.main, "reconstruct", path, a, b, "--groups", "1,5")
+            original, _, reconstruction, first, whole = cells("reconstructions.png", 5, 2, 16)
+            assert np.array_equal(whole[0], reconstruction[0]) and not np.array_equal(first[0], reconstruction[0])
+            assert np.array_equal(original[0], train.read_image(a, 16))
+            quiet(sample.main, "interpolate", path, a, b, "--steps", "3")
+            row, = cells("interpolation.png", 1, 5, 64 if False else 16) if Image.open("interpolation.png").width < 130 else [None]
+            sampler = sample.Sampler(path)
+            images, x, label = sample.read_photos(sampler, [a, b])
+            ends = sampler.images(sampler.posterior(x, label), label).astype(int)
+            steps = interpolated(path, a, b)
+            assert np.abs(steps[0] - ends[0]).max() <= 1 and np.abs(steps[-1] - ends[1]).max() <= 1, "the ends are not reconstructions"
+            assert np.abs(ends[0] - reconstruction[0]).max() <= 1
+            said = quiet(sample.main, "manifold", path, "--steps", "3")
+            assert "group 1, channel" in said and os.path.exists("manifold.png")
+            assert "KL over data" in quiet(sample.main, "manifold", path, "--steps", "2", "--data", "photos")
+            for direction, size in (("right", (32, 16)), ("left", (32, 16)), ("both", (48, 16)), ("down", (16, 32)), ("up", (16, 32))):
+                said = quiet(sample.main, "outpaint", path, a, "--direction", direction, *["--width", "3"] * (direction == "both"))
+                assert f"{size[0]}x{size[1]} pixels" in said and "dB to the reconstruction" in said
+            said = quiet(sample.main, "rates", path, "--data", "photos")
+            assert said.count(" of 16") == 8 and "bits/dim" in said and "20 images" in said
+            said = quiet(sample.main, "neighbors", path, "--data", "photos", "--n", "2", "--neighbors", "3")
+            assert said.count(".png (") == 6 and os.path.exists("neighbors.png")
+        refused("2 or more", sample.main, "interpolate", path, a, b, "--steps", "1")
+        refused("has 5 latent groups", sample.main, "reconstruct", path, a, "--groups", "6")
+        refused("two latent groups", sample.main, "manifold", trained("--out", "few").replace("run", "few"))
+        refused("with --data", sample.main, "rates", "latents.pt") if os.path.exists("latents.pt") else None
+
+
+def interpolated(path, a, b):
+    """The generated images of `interpolate`, before they become a picture."""
+    seen, real = [], sample.save_grid
+    sample.save_grid = lambda name, rows, **names: seen.extend(rows[0][1:-1])
+    try:
+        quiet(sample.main, "interpolate", path, a, b)
+    finally:
+        sample.save_grid = real
+    return [image.astype(int) for image in seen]
+
+
+def test_outpainting_keeps_the_image():
+    """Without attention or wide convs between them, what is beside an image does not change it."""
+    config = dataclasses.replace(TINY_CLASSES, attention_layers=(0, 0, 0, 0), heads=(0, 0, 0, 0), shift=127.5, scale=127.5, data_channels=3,
+                                 first_stage="none")
+    torch.manual_seed(0)
+    state = {"config": config, "run": {}, "classes": [], "ema": awake(config, scale=0.05).state_dict(), "dae": {}}
+    with folder():
+        Image.fromarray(train.toy(0, 16)[0]).save("a.png")
+        seen, real_load, real_save = [], sample.load_checkpoint, sample.save_grid
+        sample.load_checkpoint, sample.save_grid = lambda path: state, lambda name, rows, **names: seen.append(rows[0])
+        try:
+            for direction, left in (("right", 0), ("left", 16)):
+                quiet(sample.main, "outpaint", "x", "a.png", "--direction", direction, "--label", "0")
+                _, reconstruction, wide = seen.pop()
+                kept = wide[:, left:left + 16].astype(int)
+                assert np.abs(kept - reconstruction).mean() < 0.5 * np.abs(wide[:, 16 - left:32 - left].astype(int) - reconstruction).mean()
+        finally:
+            sample.load_checkpoint, sample.save_grid = real_load, real_save
+
+
+def test_metrics():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((60, 8)).astype(np.float32), 0.2 + 1.3 * rng.standard_normal((80, 8)).astype(np.float32)
+    mu, sigma = sample.moments(a)
+    close(sigma, (a - a.mean(0)).T.astype(np.float64) @ (a - a.mean(0)) / 59, 1e-5)
+    other = sample.moments(b)
+    roots = np.sqrt(np.linalg.eigvals(sigma @ other[1]).real.clip(0)).sum()
+    close(sample.frechet(mu, sigma, *other), ((mu - other[0]) ** 2).sum() + np.trace(sigma) + np.trace(other[1]) - 2 * roots, 1e-6)
+    assert sample.frechet(mu, sigma, mu, sigma) < 1e-9
+    few = sample.moments(a[:5])                                # fewer images than features
+    assert np.isfinite(sample.frechet(*few, mu, sigma))
+    distance = lambda x, y: np.linalg.norm(x[:, None].astype(np.float64) - y[None], axis=2)
+    ball = lambda x: np.sort(distance(x, x), axis=1)[:, 3]
+    between = distance(a, b)
+    expected = (between <= ball(a)[:, None]).any(0).mean(), (between <= ball(b)[None]).any(1).mean()
+    assert sample.precision_recall(a, b) == expected and 0 < expected[0] < 1
+    p = rng.dirichlet(np.ones(10), 7000)
+    parts = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in (p[:5000], p[5000:])]
+    close(sample.inception_score(p), np.mean(parts), 1e-6)
+    assert sample.inception_score(np.eye(10)) > 9.99           # probabilities of 0
+    x = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 2, 4)
+    assert sample.resize_as_tensorflow(x, 8)[0, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
+
+
+class Inception(torch.nn.Module):
+    """The interface of the usual network, small."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = torch.nn.Conv2d(3, 6, 4, 4), torch.nn.Linear(6, 5)
+
+    def forward(self, img: torch.Tensor, use_fp16: bool = False, return_features: bool = False, no_output_bias: bool = False):
+        x = self.conv(img.float() / 255).mean([2, 3])
+        if return_features:
+            return x
+        return torch.softmax(F.linear(x, self.out.weight) if no_output_bias else self.out(x), 1)
+
+
+def test_evaluation():
+    with folder(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = trained()
+        torch.manual_seed(0)
+        network = Inception()
+        torch.jit.script(network).save("inception.pt")
+        torch.jit.trace(torch.nn.Sequential(torch.nn.Conv2d(3, 6, 4, 4), torch.nn.Flatten()), torch.zeros(2, 3, 16, 16)).save("plain.pt")
+        quiet(sample.main, "generate", path, "--n", "30", "--npz", "samples.npz")
+        with np.load("samples.npz") as file:
+            images = file["arr_0"]
+        photographs = np.stack([train.read_image(os.path.join("photos", c, name), 16) for c in ("left", "right")
+                                for name in sorted(os.listdir(os.path.join("photos", c)))])
+        features = lambda x: network(torch.from_numpy(x).permute(0, 3, 1, 2), return_features=True).detach().numpy()
+        expected = sample.frechet(*sample.moments(features(images)), *sample.moments(features(photographs)))
+        asked = ["evaluate", "samples.npz", "--features", "inception.pt", "--batch", "7"]
+
+        def table(*arguments):
+            lines = [line.split() for line in quiet(sample.main, *arguments).splitlines()]
+            start = next(i for i, line in enumerate(lines) if "FID" in line or "IS" in line)
+            return [dict(zip(lines[start], line)) for line in lines[start + 1:] if len(line) == len(lines[start])]
+        row, = table(*asked, "--reference", "photos")
+        assert abs(float(row["FID"]) - expected) <= 1e-3 * expected + 1e-4
+        p = network(torch.from_numpy(images).permute(0, 3, 1, 2), no_output_bias=True).detach().numpy()
+        assert abs(float(row["IS"]) - sample.inception_score(p)) < 1e-3
+        assert [float(row["precision"]), float(row["recall"])] == [round(v, 4) for v in sample.precision_recall(features(photographs), features(images))]
+        # The evaluator's own reference batches, and one exported here.
+        mu, sigma = sample.moments(features(photographs))
+        np.savez("statistics.npz", mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
+        np.savez("batch.npz", mu=mu, sigma=sigma, arr_0=photographs)
+        quiet(sample.main, "evaluate", "photos", "--image-size", "16", "--features", "inception.pt", "--export", "exported.npz")
+        for name, balls in (("statistics.npz", False), ("batch.npz", True), ("exported.npz", True)):
+            again, = table(*asked, "--reference", name)
+            assert again["FID"] == row["FID"] and ("precision" in again) == balls
+            assert not balls or again["recall"] == row["recall"]
+        cached = set(os.listdir(os.path.join("runs", "features")))
+        rows = table("evaluate", path, "--features", "inception.pt", "--reference", "exported.npz", "--n", "12", "--mean-guidance", "0,1.5,0:1:2",
+                     "--variance-guidance", "0,1", "--temperature", "0.5")
+        assert [(r["w_mu"], r["w_sigma"], r["temperature"]) for r in rows] == [
+            (m, v, "0.5") for m in ("0", "1.5", "0:1:2") for v in ("0", "1")] and rows[0]["FID"] != rows[4]["FID"]
+        assert set(os.listdir(os.path.join("runs", "features"))) == cached
+        assert "IS" not in table("evaluate", "samples.npz", "--features", "plain.pt", "--reference", "photos")[0]
+        for message, *arguments in (
+                ("inception-2015-12-05.pt", "samples.npz", "--reference", "photos"), ("not a TorchScript", "samples.npz", "--reference", "photos",
+                 "--features", "samples.npz"), ("--export", "samples.npz", "--features", "inception.pt"), ("no such folder", "samples.npz", "--features",
+                 "inception.pt", "--reference", "nowhere"), ("one setting", path, "--features", "inception.pt", "--export", "x.npz",
+                 "--mean-guidance", "0,1"), ("for checkpoints", "samples.npz", "--features", "inception.pt", "--reference", "photos", "--n", "3"),
+                ("features", "samples.npz", "--features", "plain.pt", "--reference", "exported.npz")):
+            refused(message, sample.main, "evaluate", *arguments)
+
+
+def test_upsampling_stack():
+    with folder():
+        photos("photos")
+        small = ["--data", "photos", "--batch", "2", "--steps", "1", "--holdout", "0.2", "--precision", "fp32", "--width", "16",
+                 "--encoder-width", "16"]
+        quiet(train.main, *small, "--dataset", "toy-rgb16", "--num-classes", "2", "--out", "base")
+        quiet(train.main, *small, "--dataset", "toy-upsampler", "--out", "up")
+        quiet(sample.main, "generate", "base/checkpoint.pt", "--upsampler", "up/checkpoint.pt", "--n", "4", "--npz", "x.npz")
+        with np.load("x.npz") as file:
+            assert file["arr_0"].shape == (4, 64, 64, 3) and len({image.tobytes() for image in file["arr_0"]}) == 4
+            large = sorted(image.tobytes() for image in file["arr_0"])
+        quiet(sample.main, "generate", "base/checkpoint.pt", "--upsampler", "up/checkpoint.pt", "--n", "4", "--batch", "1", "--npz", "y.npz")
+        with np.load("y.npz") as file:
+            assert sum(np.abs(np.frombuffer(a, np.uint8).astype(int) - np.frombuffer(b.tobytes(), np.uint8)).mean() < 1
+                       for a, b in zip(large, sorted(file["arr_0"], key=lambda image: image.tobytes()))) >= 3
+        refused("an upsampler", sample.main, "generate", "up/checkpoint.pt")
+        refused("not an upsampler", sample.main, "generate", "base/checkpoint.pt", "--upsampler", "base/checkpoint.pt")
+        quiet(sample.main, "reconstruct", "up/checkpoint.pt", "photos/left/0.png")
+
+
+def test_bench():
+    with folder():
+        said = quiet(sample.main, "bench", trained(), "--batch", "2", "--seconds", "0.01", "--precision", "fp32")
+        assert "guided" in said and all(f"\n{name}" in said for name in ("LVAE", "decoder", "together", "peak memory"))
+        once = quiet(sample.main, "bench", "run/checkpoint.pt", "--no-guided", "--batch", "2", "--seconds", "0.01", "--precision", "fp32")
+        flop = lambda text: float(next(line for line in text.splitlines() if line.startswith("LVAE")).split()[1])
+        assert "not guided" in once and flop(said) >= 2 * flop(once) - 0.1
 
 
 # ---------------------------------------------------------------- data

@@ -29,7 +29,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import dae as daes
@@ -364,19 +364,29 @@ def to_uint8(x):
 # ---------------------------------------------------------------- pictures and files
 
 
-def grid(rows, gap=2, row_names=None):
-    """Rows of uint8 images (H, W, 3), possibly of unequal length -> one Pillow image, with a name before each row."""
-    height, width = rows[0][0].shape[:2]
-    margin = 0
-    if row_names:
-        margin = 8 + max(int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(name)) for name in row_names)
-    sheet = Image.new("RGB", (margin + max(map(len, rows)) * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")
+def grid(rows, gap=2, row_names=None, column_names=None):
+    """Rows of uint8 images (H, W, 3), possibly of unequal length or size -> one Pillow image, with names before the rows and
+    above the columns. The columns are as wide as their widest image, the rows as high as their highest."""
+    widths = [max(row[c].shape[1] for row in rows if c < len(row)) for c in range(max(map(len, rows)))]
+    heights = [max(image.shape[0] for image in row) for row in rows]
+    font = ImageFont.load_default(max(10, min(32, min(widths + heights) // 7)))
+    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
+    left = 8 + max(int(measure.textlength(name, font)) for name in row_names) if row_names else 0
+    top = 4 + int(font.size * 1.3) if column_names else 0
+    if column_names:                                           # a column is at least as wide as its name
+        widths = [max(w, 4 + int(measure.textlength(name, font))) for w, name in zip(widths, column_names)]
+    sheet = Image.new("RGB", (left + sum(widths) + gap * (len(widths) + 1), top + sum(heights) + gap * (len(heights) + 1)), "white")
+    draw, y = ImageDraw.Draw(sheet), top + gap
     for r, row in enumerate(rows):
-        top = gap + r * (height + gap)
+        x = left + gap
         if row_names:
-            ImageDraw.Draw(sheet).text((4, top + height // 2 - 6), row_names[r], fill="black")
+            draw.text((4, y + heights[r] // 2), row_names[r], fill="black", font=font, anchor="lm")
         for c, image in enumerate(row):
-            sheet.paste(Image.fromarray(image), (margin + gap + c * (width + gap), top))
+            if column_names and r == 0:
+                draw.text((x + widths[c] // 2, top // 2), column_names[c], fill="black", font=font, anchor="mm")
+            sheet.paste(Image.fromarray(image), (x + (widths[c] - image.shape[1]) // 2, y + (heights[r] - image.shape[0]) // 2))
+            x += widths[c] + gap
+        y += heights[r] + gap
     return sheet
 
 
