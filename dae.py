@@ -18,7 +18,7 @@ quantises at the start of `decode`), with no factor such as 0.18215 applied. Who
 Shapes: B batch, H W image size, C latent channels, f downsampling factor. Needs torch only; copy it anywhere.
 """
 import argparse
-import http.client
+import contextlib
 import io
 import json
 import math
@@ -81,7 +81,7 @@ class Config:
 
     @property
     def widths(self):
-        return [int(self.width * m) for m in self.mult]
+        return [round(self.width * m) for m in self.mult]
 
     @property
     def f(self):
@@ -386,16 +386,7 @@ def _reason(e):
 
 
 class Inert:
-    """Stands in for every class or function that a pickle names and we do not know. It takes anything and does nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __call__(self, *args, **kwargs):
-        return Inert()
+    """Stands in for every object that a pickle would make of a class or function that we do not know. It holds nothing."""
 
     def append(self, *items):
         pass
@@ -403,55 +394,103 @@ class Inert:
     extend = append
 
 
+def _shape(values):
+    """A shape, a stride or an offset: at most 16 numbers that no arithmetic on them can make slow."""
+    if not type(values) in (list, tuple) or len(values) > 16 or not all(type(n) is int and 0 <= n < 1 << 62 for n in values):
+        raise ValueError("a shape that no tensor has")
+    return tuple(values)
+
+
 def _tensor(storage, offset, size, stride, *ignored):
     """What torch._utils._rebuild_tensor_v2 makes, of a flat storage; never larger than the storage."""
     if not torch.is_tensor(storage):                           # of a kind that we do not know
         return Inert()
+    (offset,), size, stride = _shape([offset]), _shape(size), _shape(stride)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if min(0, offset, *size, *stride) < 0 or math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
+    if math.prod(size) > len(storage) or (math.prod(size) and last >= len(storage)):
         raise ValueError("a tensor is larger than its storage")
     return storage.as_strided(size, stride, offset)
 
 
-def _dict(pairs=()):
-    return {k: v for k, v in pairs if isinstance(k, str)} if type(pairs) is list else {}
+def _dict(pairs=()):                                           # Python 2 wrote OrderedDicts as lists of pairs
+    return {k: v for k, v in pairs if type(k) is str} if type(pairs) is list else {}
 
 
-def _tuple(values=()):
-    return tuple(values) if type(values) in (list, tuple) else ()
+def _first(tensor, *ignored):
+    return tensor
 
 
+def _with_attributes(function, kind, args, state):             # attributes of a tensor are left out
+    return _tensor(*args) if function is _tensor else Inert()
+
+
+_DTYPES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
+           "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+           "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}
 _KNOWN = {
     "torch._utils._rebuild_tensor": _tensor, "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda tensor, *ignored: tensor,
-    "collections.OrderedDict": _dict, "torch.Size": _tuple,
-    "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64, "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+    "torch._utils._rebuild_parameter": _first, "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _with_attributes, "collections.OrderedDict": _dict, "collections.defaultdict": _dict,
+    "torch.Size": _shape, "torch.storage.UntypedStorage": torch.uint8,
+    **{f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()},
 }
-_LIMIT = 1 << 23  # bytes of a pickle or a header: real ones, with thousands of names, have less than a fifth of it
+_LIMIT = 1 << 22  # bytes of a pickle or a header: real ones, with thousands of names, have less than half of it
 
 
 class _Unpickler(pickle._Unpickler):
     """Builds tensors and plain containers. Whatever else a file names becomes Inert; nothing of the file's is called.
 
-    The interpreter written in Python, because its operations can be replaced: here objects take no state, dictionaries no
-    keys that could be slow or deep to hash, and no operation allocates more than the file holds.
+    The interpreter written in Python, because its operations can be replaced: here only the functions of _KNOWN are called, with
+    few arguments; objects take no state; keys are such as cannot be slow or deep to hash; and no operation allocates or does
+    more than the file is long.
     """
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file, storage):
         super().__init__(file, encoding="utf-8", errors="replace")
         self.storage = storage                                 # (dtype, key, count) -> flat tensor
+        self.pairs = 0                                         # elements passed to functions so far
 
     def find_class(self, module, name):
         return _KNOWN.get(f"{module}.{name}", Inert)
 
     def persistent_load(self, pid):
+        if type(pid) is not tuple or not 5 <= len(pid) <= 6 or type(pid[2]) is not str or type(pid[4]) is not int:
+            raise ValueError("it refers to tensors in an unknown way")
         kind, dtype, key, _, count, *view = pid
         known = kind == "storage" and isinstance(dtype, torch.dtype) and not any(view)
         return self.storage(dtype, key, count) if known else Inert()
+
+    def _reduce(self):
+        args, function = self.stack.pop(), self.stack.pop()
+        if function not in (_tensor, _dict, _first, _shape, _with_attributes):
+            return self.append(Inert())
+        self.pairs += sum(len(arg) for arg in args if type(arg) is list)
+        if len(args) > 16 or self.pairs > 1_000_000:
+            self._refuse()
+        self.append(function(*args))
+
+    def _new(self):                                            # pops class and arguments
+        del self.stack[-2:]
+        self.append(Inert())
+
+    def _new_with_names(self):
+        self.stack.pop()
+        self._new()
+
+    def _from_mark(self):
+        self.pop_mark()
+        self.append(Inert())
+
+    def _from_mark_and_names(self):
+        self.readline(), self.readline()
+        self._from_mark()
+
+    def _empty_set(self):
+        self.append(Inert())
+
+    def _add_items(self):
+        self.pop_mark()
 
     def _build(self):
         self.stack.pop()
@@ -465,21 +504,28 @@ class _Unpickler(pickle._Unpickler):
         self._store([key], [value])
 
     def _store(self, keys, values):
+        plain = lambda key: type(key) is str or type(key) is int and abs(key) < 1 << 60
         if type(self.stack[-1]) is dict:
-            self.stack[-1].update((k if type(k) in (str, int) else Inert(), v) for k, v in zip(keys, values))
+            self.stack[-1].update((k if plain(k) else Inert(), v) for k, v in zip(keys, values))
 
-    def _add_items(self):                                      # sets stay empty
-        self.pop_mark()
-
-    def _frozen_set(self):
-        self.pop_mark()
+    def _byte_array(self):
+        self.read(min(_LIMIT, int.from_bytes(self.read(8), "little")))
         self.append(Inert())
+
+    def _put(self):
+        index = self.readline()[:-1]
+        if not index.isdigit() or len(index) > 9:
+            self._refuse()
+        self.memo[int(index)] = self.stack[-1]
 
     def _refuse(self):
         raise ValueError("it uses an operation that files of weights do not need")
 
-    dispatch |= {pickle.BUILD[0]: _build, pickle.SETITEMS[0]: _set_items, pickle.SETITEM[0]: _set_item,
-                 pickle.ADDITEMS[0]: _add_items, pickle.FROZENSET[0]: _frozen_set, pickle.BYTEARRAY8[0]: _refuse}
+    dispatch |= {operation[0]: function for operation, function in (
+        (pickle.REDUCE, _reduce), (pickle.NEWOBJ, _new), (pickle.NEWOBJ_EX, _new_with_names), (pickle.OBJ, _from_mark),
+        (pickle.INST, _from_mark_and_names), (pickle.FROZENSET, _from_mark), (pickle.EMPTY_SET, _empty_set),
+        (pickle.ADDITEMS, _add_items), (pickle.BUILD, _build), (pickle.SETITEMS, _set_items), (pickle.SETITEM, _set_item),
+        (pickle.DICT, _from_mark), (pickle.BYTEARRAY8, _byte_array), (pickle.PUT, _put))}
 
 
 def _view(mapped, dtype, offset, count):
@@ -533,7 +579,7 @@ def _read_legacy(mapped):
             flat[key] = torch.empty(count, dtype=dtype)
         return flat[key]
     _, _, machine, content, keys = (_Unpickler(stream, storage).load() for _ in range(5))
-    if not machine["little_endian"] or set(keys) != set(flat):
+    if not machine["little_endian"] or not all(type(k) is str for k in keys) or set(keys) != set(flat):
         raise ValueError("its storages are not all there, or in another byte order")
     at = stream.tell()
     for key in keys:
@@ -545,7 +591,9 @@ def _read_legacy(mapped):
 
 
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-                "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+                "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+                "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def _read_safetensors(mapped):
@@ -557,8 +605,8 @@ def _read_safetensors(mapped):
     header.pop("__metadata__", None)
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (begin, stop), dtype, shape = entry["data_offsets"], _SAFETENSORS[entry["dtype"]], entry["shape"]
-        if begin != end or min([0, *shape]) < 0 or math.prod(shape) * dtype.itemsize != stop - begin:
+        (begin, stop), dtype, shape = entry["data_offsets"], _SAFETENSORS[entry["dtype"]], _shape(entry["shape"])
+        if begin != end or math.prod(shape) * dtype.itemsize != stop - begin:
             raise ValueError(f"{name} has the bytes {begin} to {stop}, which do not fit its shape or its neighbours")
         tensors[name] = _view(mapped, dtype, 8 + length + begin, math.prod(shape)).view(shape)
         end = stop
@@ -585,10 +633,11 @@ def _check(content, size):
 
 def unpack(archive, folder):
     """The .ckpt inside latent diffusion's download, extracted into a folder; None if the zip holds none. Raises LoadError."""
-    entry = next((e for e in archive.infolist() if e.filename.endswith(".ckpt")), None)
+    named = lambda path: os.path.basename(path).endswith(".ckpt") and not os.path.basename(path).startswith("._")
+    entry = next((e for e in archive.infolist() if named(e.filename)), None)
     if entry is None:
         return None
-    if entry.file_size > max(2 << 30, 4 * entry.compress_size):
+    if entry.file_size > max(1 << 30, 4 * entry.compress_size):
         raise LoadError(f"{archive.filename}: its .ckpt would take {entry.file_size} bytes, and weights do not shrink so much")
     path = os.path.join(folder, "model.ckpt")
     with archive.open(entry) as source, open(path, "wb") as target:
@@ -654,21 +703,23 @@ _FIRST = "encoder.conv_in.weight"                              # every autoencod
 def _flip(name, levels):
     """decoder.up.I. <-> decoder.up.(levels - 1 - I)."""
     parts = name.split(".")
-    if parts[:2] == ["decoder", "up"] and parts[2].isdigit():
+    if parts[:2] == ["decoder", "up"]:
         parts[2] = str(levels - 1 - int(parts[2]))
     return ".".join(parts)
 
 
 def from_diffusers(state):
-    """A state_dict in diffusers' names, new or old, -> latent diffusion's."""
+    """A state_dict in diffusers' names, new or old, -> latent diffusion's. Raises ValueError where two names mean the same."""
     levels = 1 + max((int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks.")), default=0)
     ours = {}
     for name, value in state.items():
+        new_name = name
         for old, new in _DIFFUSERS + _OLD_DIFFUSERS:
-            name = name.replace(new, old)
-        if name.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")):
-            value = value.reshape(*value.shape[:2], 1, 1)      # Linear -> 1x1 conv
-        ours[_flip(name, levels)] = value
+            new_name = new_name.replace(new, old)
+        new_name = _flip(new_name, levels)
+        if new_name in ours:
+            raise ValueError(f"{name} is there twice")
+        ours[new_name] = value
     return ours
 
 
@@ -693,33 +744,48 @@ class Found(NamedTuple):
     dropped: dict                                              # what else it holds: first part of the name -> tensors
 
 
+def _dicts(content, depth=3):
+    """(Where, dict) of a dict and those inside it, itself first, then the usual places."""
+    yield "", content
+    for key in sorted((k for k in content if type(k) is str), key=lambda k: k not in ("dae", "state_dict")):
+        if depth and isinstance(content[key], dict):
+            for where, inner in _dicts(content[key], depth - 1):
+                yield f"{key}.{where}".rstrip("."), inner
+
+
 def find(content, source):
     """The autoencoder in what `read` returned, whatever it is wrapped in and however it is named. Raises LoadError."""
     if not isinstance(content, dict):
         raise LoadError(f"{source}: holds no autoencoder (expected a dictionary of tensors, found {type(content).__name__})")
-    inside = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, dict)}
-    for where in [""] + sorted(inside, key=lambda k: k not in ("dae", "state_dict")):
-        tensors = {k: v for k, v in (inside[where] if where else content).items() if isinstance(k, str) and torch.is_tensor(v)}
+    names = []
+    for where, place in _dicts(content):
+        tensors = {k: v for k, v in place.items() if type(k) is str and torch.is_tensor(v)}
+        names = names or list(tensors)[:3]
         prefixes = [k.removesuffix(_FIRST) for k in tensors if k.endswith("." + _FIRST) or k == _FIRST]
         if prefixes:
             break
     else:
-        names = ", ".join(k[:60] for k in list(tensors or inside)[:3])
-        raise LoadError(f"{source}: holds no autoencoder (expected {_FIRST}, found {names or 'no tensors'} ...)")
-    prefix = min(prefixes, key=len)
+        raise LoadError(f"{source}: holds no autoencoder (expected {_FIRST}, found "
+                        f"{', '.join(k[:60] for k in names) + ' ...' if names else 'no tensors'})")
+    prefix = min(prefixes, key=lambda p: (p not in ("", "first_stage_model."), len(p)))
     state, dropped = {}, {}
     for name, value in tensors.items():
         own = name.removeprefix(prefix)
         if name.startswith(prefix) and not own.startswith(("loss.", "model_ema.")):
             state[own] = value
         else:                                                  # loss.* and the like, or the rest of a larger model
-            group = own.split(".")[0] if name.startswith(prefix) else name.split(".")[0]
+            group = (own if name.startswith(prefix) else name).split(".")[0]
             dropped[group] = dropped.get(group, 0) + 1
     naming = "latent diffusion's"
     if any(k.startswith("decoder.mid_block.") for k in state):
         old = any(k.endswith(".query.weight") for k in state)
         naming = "diffusers'" + (f" ({'old' if old else 'new'} attention names)" * any(".attentions." in k for k in state))
-        state = from_diffusers(state)
+        try:
+            state = from_diffusers(state)
+        except (ValueError, IndexError) as e:
+            raise LoadError(f"{source}: not an autoencoder of diffusers ({_reason(e)})") from None
+    attention = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")
+    state = {k: v[:, :, None, None] if k.endswith(attention) and v.ndim == 2 else v for k, v in state.items()}    # Linear -> conv
     return Found(state, naming + f" under {prefix[:-1]}" * bool(prefix) + f" in {where!r}" * bool(where), dropped)
 
 
@@ -729,8 +795,8 @@ def config_of(state):
         return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
     width = len(state[_FIRST])
     channels = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(count("encoder.down."))]
-    if len(channels) * count("encoder.down.0.block.") > len(state):
-        raise ValueError("its levels have different numbers of blocks")
+    if len(channels) > 12 or count("encoder.down.0.block.") > 16:
+        raise ValueError(f"{len(channels)} levels of {count('encoder.down.0.block.')} blocks")
     codebook = state.get("quantize.embedding.weight")
     return Config(
         z_channels=state["post_quant_conv.weight"].shape[1], width=width,
@@ -749,6 +815,8 @@ def fill(make, state, source):
             module = make()
     except Exception as e:  # a configuration or shapes that no model has
         raise LoadError(f"{source}: not a model that we know ({_reason(e)})") from None
+    if not isinstance(state, dict):
+        raise LoadError(f"{source}: a dictionary of tensors is expected, not {type(state).__name__}")
     own = module.state_dict()
     fits = lambda a, b: torch.is_tensor(b) and b.is_floating_point() and a.shape == b.shape
     wrong = [k for k in own if k not in state or not fits(own[k], state[k])] + [k for k in state if k not in own]
@@ -783,7 +851,7 @@ ADDRESSES = {name: f"https://ommer-lab.com/files/latent-diffusion/{name}.zip" fo
 def local(name):
     """The path of a file: the name itself, or for a published autoencoder its file in torch's hub cache, downloaded if it is
     not there yet. Raises LoadError."""
-    if name not in ADDRESSES or os.path.exists(name):
+    if name not in ADDRESSES or os.path.isfile(name):
         return name
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     path = os.path.join(folder, f"{name}.ckpt")
@@ -799,9 +867,10 @@ def local(name):
             with zipfile.ZipFile(archive) as opened:
                 inner = unpack(opened, temporary)
             if inner is None:
-                raise OSError("the zip that came holds no .ckpt")
+                raise LoadError("the zip that came holds no .ckpt")
+            find(read(inner, packed=False), "what came")
             os.replace(inner, path)
-    except (OSError, zipfile.BadZipFile, http.client.HTTPException) as e:
+    except Exception as e:  # of the network, of the disk, or of what came
         raise LoadError(f"{name} is not here and could not be downloaded ({getattr(e, 'reason', None) or e}): put "
                         f"{ADDRESSES[name]} as it is, or the model.ckpt in it as {name}.ckpt, into {folder}") from None
     return path
@@ -826,12 +895,14 @@ def info(path):
           f"attention: {', '.join(attention) or 'none'}")
     print(f"parameters  {sum(t.numel() for t in found.state.values()):,} in {', '.join(precision)}")
     print(f"names       {found.naming}")
-    print("left out    " + (", ".join(f"{k}.* ({n} tensors)" for k, n in found.dropped.items()) or "nothing"))
+    left = [f"{k[:40]}.* ({n} tensors)".encode("ascii", "backslashreplace").decode() for k, n in found.dropped.items()]
+    print("left out    " + (", ".join(left[:20]) + " ..." * (len(left) > 20) or "nothing"))
 
 
 def write(path, *parts):
     """Write a file whole or not at all. Raises LoadError."""
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(f"{path}.tmp", "wb") as file:
             for part in parts:
                 file.write(part)
@@ -878,7 +949,12 @@ def convert(source, target):
     elif target.endswith(".safetensors"):
         write(target, *safetensors(to_diffusers(state)))
         if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
-            write(os.path.join(os.path.dirname(target), "config.json"), json.dumps(diffusers_config(config), indent=2).encode())
+            beside = os.path.join(os.path.dirname(target), "config.json")
+            kept = {}
+            if os.path.isfile(beside):                         # whose factor is the user's
+                with open(beside, "rb") as file, contextlib.suppress(ValueError, AttributeError):
+                    kept = {k: v for k, v in json.load(file).items() if k == "scaling_factor"}
+            write(beside, json.dumps(diffusers_config(config) | kept, indent=2).encode())
     else:
         raise LoadError(f"{target}: expected .ckpt or .pt (latent diffusion's names), or .safetensors (diffusers')")
     print(f"{target}: {len(state)} tensors")
@@ -897,7 +973,7 @@ def main(argv=None):
     try:
         arguments = vars(parser.parse_args(argv))
         {"info": info, "convert": convert}[arguments.pop("command")](**arguments)
-    except LoadError as e:
+    except (LoadError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

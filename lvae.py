@@ -111,6 +111,7 @@ class Config:
              all(isinstance(v, (int, float)) and v >= 0 for v in self.kl_schedule[1:]),
              f"kl_schedule takes positive numbers, not {self.kl_schedule}")
         need(self.sigma_q > 0, "sigma_q must be positive")
+        need(all(isinstance(v, (int, float)) and math.isfinite(v) for v in (self.shift, self.scale)), "shift and scale are numbers")
         need(self.batch > 0 and self.accumulate > 0 and self.lr > 0, "batch, accumulate and lr must be positive")
         need(self.steps >= 0 and self.warmup >= 0, "steps and warmup may not be negative")
         need(0 <= self.label_dropout <= 1 and 0 <= self.ema < 1, "label_dropout and ema are fractions")

@@ -47,7 +47,7 @@ class Sampler:
         state = state or load_checkpoint(path)
         self.device = pick_device(device)
         self.dtype = pick_dtype(self.device, precision)
-        self.config, self.dataset, self.data = state["config"], state["run"].get("dataset"), state["run"].get("data")
+        self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
         self.folders = self.classes = state["classes"]         # the names of the folders that it was trained on, if any
         synsets = all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in self.folders)
         if self.config.num_classes == 1000 and synsets and (self.folders or self.dataset == "imagenet"):
@@ -71,6 +71,15 @@ class Sampler:
             raise UserError(f"--upsampler {upsampler}: " + (
                 f"it enlarges images of {self.upsampler.size // self.upsampler.config.upsample} pixels, {path} makes {self.size}"
                 if self.upsampler.config.upsample else "not an upsampler"))
+
+    @property
+    def can_guide(self):
+        return bool(self.config.num_classes and self.config.hierarchical_prior)
+
+    @property
+    def papers_guidance(self):
+        """Whether the paper's guidance for ImageNet is the default."""
+        return self.can_guide and self.dataset == "imagenet"
 
     @property
     def out_size(self):
@@ -126,10 +135,11 @@ class Sampler:
         count = self.config.num_classes
         if not count:
             raise UserError("--label: this model is unconditional")
-        for known in (self.classes, self.folders):
-            if text in known:
-                return known.index(text)
-        if text.isdigit() and int(text) < count:
+        for known in (self.classes, self.folders, [name.lower() for name in self.classes]):
+            for spelled in (text, text.lower()):
+                if spelled in known:
+                    return known.index(spelled)
+        if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < count:
             return int(text)
         if text == "none":
             return count
@@ -164,7 +174,7 @@ def make_sampler(args, upsamples=False):
 
 def check_guidance(sampler, args):
     """Command-line guidance -> keyword arguments of `generate`. A model of ImageNet has the paper's setting by default."""
-    if args.mean_guidance is None and args.variance_guidance is None and sampler.dataset == "imagenet" and args.label != ["none"]:
+    if args.mean_guidance is None and args.variance_guidance is None and sampler.papers_guidance and args.label != ["none"]:
         args.mean_guidance, args.variance_guidance = guidance_levels(sampler.config, 1.5), [3.0]
     weights = {}
     for name in ("mean_guidance", "variance_guidance"):
@@ -174,7 +184,7 @@ def check_guidance(sampler, args):
                             f"{', '.join(f'{r}x{r}' for r in sampler.sides)}), not {len(values)}")
         weights[name] = values * (len(sampler.sides) if len(values) == 1 else 1)
     if any(weights["mean_guidance"] + weights["variance_guidance"]):
-        if not sampler.config.num_classes or not sampler.config.hierarchical_prior:
+        if not sampler.can_guide:
             raise UserError("guidance needs a class-conditional model with a hierarchical prior; this one is "
                             + ("without that prior" if sampler.config.num_classes else "unconditional"))
         if args.label == ["none"]:
@@ -736,7 +746,7 @@ def evaluate(args):
     else:
         args.checkpoint = args.source
         sampler = make_sampler(args)
-        paper = sampler.dataset == "imagenet" and args.mean_guidance is None and args.variance_guidance is None
+        paper = sampler.papers_guidance and args.mean_guidance is None and args.variance_guidance is None
         default = [guidance_levels(sampler.config, 1.5), [3.0]] if paper else [[0.0], [0.0]]
         settings = list(itertools.product(args.mean_guidance or default[:1], args.variance_guidance or default[1:],
                                           args.temperature or [[1.0]]))
@@ -842,7 +852,7 @@ def random_checkpoint(name):
     """An untrained model of a preset, in the form of a checkpoint."""
     config = lvae.PRESETS[name]
     stage = daes.PRESETS.get("small-f4" if config.first_stage == "train" else config.first_stage)
-    return {"config": config, "run": {"dataset": name}, "classes": [], "ema": lvae.LVAE(config).state_dict(),
+    return {"config": config, "dataset": name, "run": {}, "classes": [], "ema": lvae.LVAE(config).state_dict(),
             "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
 
 
@@ -887,10 +897,9 @@ def bench(args):
     state = random_checkpoint(args.source) if args.source in lvae.PRESETS else None
     sampler = Sampler(args.source, args.device, args.precision, args.dae, state=state)
     config, device = sampler.config, sampler.device
-    can_guide = bool(config.num_classes and config.hierarchical_prior)
-    if args.guided and not can_guide:
+    if args.guided and not sampler.can_guide:
         raise UserError("--guided: guidance needs a class-conditional model with a hierarchical prior")
-    guided = can_guide if args.guided is None else args.guided
+    guided = sampler.can_guide if args.guided is None else args.guided
     guidance = dict(mean_guidance=guidance_levels(config, 1.5), variance_guidance=3.0) if guided else {}
     label = torch.arange(args.batch, device=device) % config.num_classes if config.num_classes else None
     noise = sampler.noise(0, range(args.batch))

@@ -645,7 +645,14 @@ def hostile_files():
         "deep set": zipped(b"\x80\x04\x8f(" + deep + b"\x90."), "deep frozenset": zipped(b"\x80\x04(" + deep + b"\x91."),
         "deep list": zipped(b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b"."), "laughs": zipped(b"\x80\x02" + laughs + b"."),
         "cycle": zipped(b"\x80\x02]q\0h\0a."), "digits": zipped(b"I" + b"9" * 1_000_000 + b"\n."), "no pickle": zipped(b""),
-        "long pickle": zipped(b"\x80\x02" + b"]" * (9 << 20)), "build": zipped(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0aK\x01sb."),
+        "long pickle": zipped(b"\x80\x02" + b"]" * (5 << 20)), "sets": zipped(b"\x80\x04" + b"\x8f" * (4 << 20)),
+        "deep storage": zipped(b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n" + deep + b"X\x03\0\0\0cpuK\x04tQ."),
+        "legacy deep key": start + machine + tensor(4, 0, (4,), (1,)) + b"\x80\x02]" + deep + b"a." + bytes(24),
+        "equal hashes": zipped(b"\x80\x02}(" + b"".join(b"\x8a\x0b" + (k * (2 ** 61 - 1)).to_bytes(11, "little") + b"N" for k in range(99_999)) + b"u."),
+        "equal memos": zipped(b"\x80\x02N" + b"".join(b"p%d\n" % (k * (2 ** 61 - 1)) for k in range(99_999)) + b"."),
+        "long arguments": zipped(b"\x80\x02(" + b"N" * 500_000 + b"tq\0" + b"cos\nsystem\nh\0R" * 99_999 + b"."),
+        "long lists": zipped(b"\x80\x02(" + b"N" * 500_000 + b"lq\0\x85q\x01" + b"ccollections\nOrderedDict\nh\x01R" * 9_999 + b"."),
+        "long shapes": zipped(b"\x80\x02(" + b"K\0" * 500_000 + b"tq\0\x85q\x01" + b"ctorch\nSize\nh\x01R" * 9_999 + b"."), "build": zipped(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0aK\x01sb."),
         "bomb": zipped(b"\x80\x02}.", zipfile.ZIP_DEFLATED, data_0=bytes(50 << 20)), "script": zipped(b"}.", **{"constants.pkl": b")."}),
         "expanded": zipped(tensor(4, 0, (1 << 30, 1 << 10), (0, 0)), data_0=bytes(16)), "negative": zipped(tensor(4, -9, (2,), (1,)), data_0=bytes(16)),
         "outside": zipped(tensor(1 << 40, 0, (9,), (1,)), data_0=bytes(16)), "backwards": zipped(tensor(4, 0, (2,), (-1,)), data_0=bytes(16)),
@@ -664,6 +671,9 @@ def hostile_files():
         "hole": safetensors({"a": entry([2], 0, 8), "b": entry([1], 12, 16)}, bytes(16)), "short": safetensors({"a": entry([2], 0, 8)}, bytes(4)),
         "long": safetensors({"a": entry([2], 0, 8)}, bytes(99)), "strange type": safetensors({"a": entry([2], 0, 8, "Q4")}, bytes(8)),
         "nested header": safetensors(b'{"a":' + b"[" * 300_000), "no entry": safetensors({"a": 3}), "no json": safetensors(b"{nonsense"),
+        "digits in a shape": safetensors(b'{"a":{"dtype":"F32","data_offsets":[0,8],"shape":[' + b",".join([b"9" * 4000] * 900) + b"]}}", bytes(8)),
+        "odd level": saved({"vae." + k: v for k, v in dae.to_diffusers(state).items()} | {"vae.decoder.up_blocks.x.y": torch.ones(1)}),
+        "two names": saved(dae.to_diffusers(state) | {k.replace(".to_q.", ".query."): v for k, v in dae.to_diffusers(state).items()}),
         "words for numbers": safetensors({"a": {"dtype": "F32", "shape": "ab", "data_offsets": "cd"}})}
     return files
 
@@ -682,6 +692,23 @@ def test_hostile_files():
             assert time.time() - started < 30, f"{name} hangs"
         for path in (".", os.devnull):
             refused("folder or a device", lambda arguments: dae.load(arguments[0]), path)
+
+
+def test_beginning_from_a_checkpoint():
+    with folder():
+        path = trained()
+        photos("more"), photos("other", classes=("left", "up"))
+        begin = ["--init", path, "--image-size", "16", "--steps", "1", "--lr", "1e-9", "--warmup", "0", "--precision", "fp32"]
+        quiet(train.main, *begin, "--data", "more", "--out", "next")
+        first, second = (torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in ("run", "next"))
+        assert second["classes"] == ["left", "right"] and second["config"]["scale"] == first["config"]["scale"]
+        close(second["model"]["embedding.weight"], first["ema"]["embedding.weight"], 1e-6)
+        refused("up is not", train.main, *begin, "--data", "other", "--out", "x")
+        dae_config = ["--dae-width", "32", "--dae-mult", "1,1", "--dae-steps", "1", "--dae-batch", "2"]
+        quiet(train.main, *begin, "--data", "more", "--out", "third", "--dae", "train", *dae_config)
+        quiet(train.main, *begin, "--data", "more", "--out", "fourth", "--dae", "third/dae.pt")
+        scales = [torch.load(f"{name}/checkpoint.pt", weights_only=True)["config"]["scale"] for name in ("next", "third", "fourth")]
+        assert abs(scales[1] - scales[2]) < 1e-6 and abs(scales[0] - scales[2]) > 1e-6, "another autoencoder needs another scale"
 
 
 def test_downloads():
@@ -738,7 +765,7 @@ def test_released_pipelines():
             noise = reference_noise(model)
             close(sampler.model.generate(noise, torch.tensor([0, 1])), model.generate(noise, torch.tensor([0, 1])), 1e-6)
             assert sampler.label("tench") == sampler.label("TENC") == sampler.label("0") == 0 and sampler.label("toilet t") == 999
-            assert sampler.label("crane") == 517 and sampler.name(134) == "crane bird"
+            assert sampler.label("Crane") == 517 and sampler.name(134) == "crane bird"
             refused("great white shark, great grey owl", lambda a: sampler.label(a[0]), "great")
             pictures = []
             for options in ([], ["--mean-guidance", "0,1.5,1.5,1.5", "--variance-guidance", "3"], ["--mean-guidance", "0"]):
@@ -749,15 +776,18 @@ def test_released_pipelines():
             photos("photos", count=2, classes=("a", "b"), size=32)
             said = quiet(sample.main, "reconstruct", "inet_pipeline.pt", "photos/a/0.png")
             assert "--label" in said and os.path.exists("reconstructions.png")
-            begin = ["--dataset", "imagenet", "--init", "inet_pipeline.pt", "--data", "photos", "--num-classes", "1000", "--lr", "1e-9",
-                     "--warmup", "0", "--precision", "fp32", "--out", "run", "--holdout", "0", "--log-every", "1"]
+            refused("cannot be matched", train.main, "--init", "inet_pipeline.pt", "--data", "photos", "--out", "x")
+            np.savez("latents.npz", latents=np.random.default_rng(0).standard_normal((8, 4, 16, 16)), labels=np.arange(8) * 100)
+            begin = ["--init", "inet_pipeline.pt", "--data", "latents.npz", "--lr", "1e-9", "--warmup", "0", "--precision", "fp32",
+                     "--out", "run", "--holdout", "0", "--log-every", "1"]
             quiet(train.main, *begin, "--steps", "1")
             quiet(train.main, *begin, "--steps", "2")
             state = torch.load("run/checkpoint.pt", weights_only=True)
             assert state["step"] == 2 and state["config"]["attention"] == "released" and state["config"]["scale"] == 2.0
             close(state["model"]["out_proj.weight"], model.out_proj.weight, 1e-5)
             close(state["ema"]["out_proj.weight"], model.out_proj.weight, 1e-5)
-            assert torch.equal(state["dae"]["decoder.conv_out.weight"], ae.decoder.conv_out.weight)
+            assert torch.equal(state["dae"]["decoder.conv_out.weight"], ae.decoder.conv_out.weight), "resuming lost the autoencoder"
+            assert sample.Sampler("run/checkpoint.pt").papers_guidance and sample.Sampler("run/checkpoint.pt").label("tench") == 0
             refused("not of church", train.main, "--dataset", "church", "--init", "inet_pipeline.pt", "--data", "photos")
         finally:
             lvae.PRESETS.clear()

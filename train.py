@@ -432,7 +432,7 @@ def trim_log(out, stage, step):
 
 def load_checkpoint(path):
     """A checkpoint.pt of stage two, or one of the authors' pipelines, -> a dict with config (an lvae.Config), ema, dae,
-    classes and run (what it was trained on). The tensors are views of the file. Raises LoadError."""
+    classes, dataset (the preset) and run (how it was made). The tensors are views of the file. Raises LoadError."""
     state = daes.read(path)
     if isinstance(state, dict) and "vae.encoder.in_proj.weight" in state:
         return released_checkpoint(state, path)
@@ -441,9 +441,15 @@ def load_checkpoint(path):
                              "of the paper's pipelines")
     try:
         config = lvae.Config(**state["config"])
-        if sum(config.groups + config.encoder_layers) > len(state["ema"]):
-            raise ValueError("it has more layers than tensors")
-        return {"run": {}, "step": 0} | state | {"config": config, "classes": [str(name) for name in state["classes"]]}
+        if sum(config.groups + config.encoder_layers) > 1000:
+            raise ValueError(f"{sum(config.groups)} latent groups")
+        if not all(isinstance(state.get(name, {}), dict) for name in ("run", "ema", "dae")):
+            raise ValueError("run, ema and dae must be dictionaries")
+        if not config.scale:
+            raise ValueError("scale is 0")
+        state = {"run": {}, "step": 0} | state
+        dataset = state.get("dataset", state["run"].get("dataset"))
+        return state | {"config": config, "classes": [str(name) for name in state["classes"]], "dataset": dataset}
     except Exception as e:  # whatever a foreign file holds there
         raise daes.LoadError(f"{path}: its configuration does not fit this version ({str(e)[:200]})") from None
 
@@ -461,12 +467,14 @@ def released_checkpoint(state, path):
     shapes = {name: value.shape for name, value in ema.items()}
     for dataset, preset in lvae.PRESETS.items():
         config = replace(preset, attention="released")
+        if shapes.get("encoder.in_proj.weight") != (config.encoder_width * config.mult[0], config.data_channels, 3, 3):
+            continue                                           # a quick no
         with torch.device("meta"):
             expected = {name: value.shape for name, value in lvae.LVAE(config).state_dict().items()}
         if shapes == expected:
             has_dae = any(isinstance(k, str) and k.startswith("dae.") for k in state)
             return {"config": config, "ema": ema, "dae": daes.find(state, path).state if has_dae else {}, "classes": [], "step": 0,
-                    "run": {"dataset": dataset}}
+                    "run": {}, "dataset": dataset}
     raise daes.LoadError(f"{path}: a pipeline of the paper, but of no preset: {len(weights)} tensors under vae., expected those of "
                          + ", ".join(name for name in lvae.PRESETS if not name.startswith("toy")))
 
@@ -526,6 +534,8 @@ def train_dae(images, indices, config, run, device, dtype):
     step = skipped = 0
     if os.path.exists(path):
         state = daes.read(path)
+        if not isinstance(state, dict) or not {"dae", "optimizer", "step", "dae_config", "run"} <= state.keys():
+            raise UserError(f"{path}: not a save of this run; remove it to begin anew")
         compare_configs(state.get("dae_config", {}), asdict(config), path)
         compare_configs(state.get("run", {}), {k: v for k, v in run.origin.items() if k != "dae_options"}, path)
         ae.load_state_dict(state["dae"])
@@ -805,6 +815,7 @@ def guidance_levels(config, weight):
 def train_lvae(config, ae, train, held, classes, state, init, run, device, dtype):
     """Train the LVAE: on from the checkpoint `state` of this run, or else with the weights of another, `init`, or anew."""
     path = os.path.join(run.out, "checkpoint.pt")
+    dataset = (state or init)["dataset"] if run.init else run.dataset         # what the model is: of ImageNet, say
     if state:
         compare_configs(asdict(state["config"]) | {"classes": state["classes"]}, asdict(config) | {"classes": classes}, path)
     seed_step(run.seed, 0)
@@ -825,7 +836,7 @@ def train_lvae(config, ae, train, held, classes, state, init, run, device, dtype
     describe(run, config, ae, train, held, device, dtype, sum(p.numel() for p in model.parameters()))
 
     def save():
-        state = {"config": asdict(config), "step": step, "skipped": skipped, "run": run.origin, "classes": classes,
+        state = {"config": asdict(config), "step": step, "skipped": skipped, "run": run.origin, "classes": classes, "dataset": dataset,
                  "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                  "dae": ae.state_dict() if ae else {}}
         write(path, lambda file: torch.save(state, file))
@@ -1017,6 +1028,10 @@ def build_config(kind, base, options):
         raise UserError(str(e)) from None
 
 
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].float()) for k in a)
+
+
 def prepare_images(run, preset, model_options, dae_options, state, init, device, dtype):
     """Images -> (config, autoencoder, training Latents, held-out Latents, class names).
 
@@ -1027,6 +1042,8 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
     elif state:
         ae = daes.from_state(state["dae"], os.path.join(run.out, "checkpoint.pt")).to(device)
     elif run.dae == "init":
+        if not init["dae"]:
+            raise UserError(f"--init {run.init} holds no autoencoder: name one with --dae FILE")
         ae = daes.from_state(init["dae"], run.init).to(device)
     elif run.dae == "train":
         ae = None
@@ -1046,7 +1063,8 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
                         f"{', '.join(str(stage.f * r) for r in (4, 8, 16, 32, 64, 128))} ...")
     images = open_images(run.data, size) if run.data else toy_images(size)
     options = dict(first_stage=run.dae if run.dae in ("none", "train", *daes.ADDRESSES) else "file" if own else preset.first_stage)
-    if run.dae == "train":
+    foreign = init and init["dae"] and ae and not same_weights(ae.state_dict(), init["dae"])
+    if run.dae == "train" or foreign:
         options["scale"] = 0.0                                 # a preset's constants are those of its own autoencoder
     if own:
         options |= dict(fit_levels(preset, resolution), data_channels=stage.z_channels, num_classes=len(images.classes))
@@ -1056,6 +1074,16 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
     if (config.resolution, config.data_channels) != (resolution, stage.z_channels):
         raise UserError(f"latents are {stage.z_channels}x{resolution}x{resolution} ({size} pixels, f = {stage.f}), "
                         f"the config is for {config.data_channels}x{config.resolution}x{config.resolution}")
+    begun = state or init
+    if config.num_classes and run.init and begun["classes"]:   # the model's classes, by name
+        if not images.classes or (strange := sorted(set(images.classes) - set(begun["classes"]))):
+            raise UserError(f"{run.data}: its classes (sub-folders) must be those of --init {run.init}, "
+                            + (f"{strange[0]} is not" if images.classes else "it has none"))
+        images.labels = np.array([begun["classes"].index(c) for c in images.classes])[images.labels]
+        images.classes = begun["classes"]
+    if config.num_classes and run.init and len(images.classes) != config.num_classes:
+        raise UserError(f"{run.data or 'the toy data'} has {len(images.classes)} classes (sub-folders), the model of --init {run.init} "
+                        f"has {config.num_classes} without names: they cannot be matched")
     if config.num_classes and (not images.classes or len(images.classes) > config.num_classes):
         raise UserError(f"{run.data or 'the toy data'} has {len(images.classes)} classes (sub-folders), which does not fit "
                         f"num_classes = {config.num_classes}: pass --num-classes {len(images.classes)}")
@@ -1085,8 +1113,9 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
     return config, ae, train, held, images.classes if config.num_classes else []
 
 
-def prepare_latents(run, preset, model_options, init, device):
-    """An .npz of latents -> the same as prepare_images; the autoencoder is that of --dae FILE, or None."""
+def prepare_latents(run, preset, model_options, begun, device):
+    """An .npz of latents -> the same as prepare_images; the autoencoder is that of --dae FILE or of the
+    checkpoint `begun` that the run goes on from, or None."""
     if run.dae in ("train", "none") or run.flip or run.val or run.image_size:
         raise UserError(f"{run.data}: latents are taken as they are; --dae FILE only decodes samples, and --flip, --val and "
                         "--image-size are for images")
@@ -1106,7 +1135,8 @@ def prepare_latents(run, preset, model_options, init, device):
         raise UserError(f"{run.data}: " + ("no labels, but" if data.labels is None else f"label {data.labels.max()} is out of "
                         f"range:") + f" num_classes = {config.num_classes}")
     train_rows, held_rows = split(len(data.rows), run.holdout)
-    ae = daes.load(run.dae).to(device) if run.dae else daes.from_state(init["dae"], run.init).to(device) if init and init["dae"] else None
+    ae = daes.load(run.dae) if run.dae else daes.from_state(begun["dae"], run.init) if begun and begun["dae"] else None
+    ae = ae and ae.to(device)
     os.makedirs(run.out, exist_ok=True)
     return config, ae, replace(data, rows=train_rows), replace(data, rows=held_rows), []
 
@@ -1133,7 +1163,7 @@ def main(argv=None):
     init = load_checkpoint(run.init) if run.init and not state else None
     if run.init:                                               # the configuration is the file's
         preset = (state or init)["config"]
-        if run.dataset != "toy" and (found := (state or init)["run"].get("dataset")) != run.dataset:
+        if run.dataset != "toy" and (found := (state or init)["dataset"]) != run.dataset:
             raise UserError(f"--init {run.init}: a model of {found}, not of {run.dataset}")
     run.dae = run.dae or ("" if latents else "init" if run.init and preset.first_stage != "none" else preset.first_stage)
     if dae_options and run.dae != "train":
@@ -1145,7 +1175,7 @@ def main(argv=None):
         compare_configs(state.get("run", {}), run.origin, path)
 
     if latents:
-        config, ae, train, held, classes = prepare_latents(run, preset, model_options, init, device)
+        config, ae, train, held, classes = prepare_latents(run, preset, model_options, state or init, device)
     else:
         config, ae, train, held, classes = prepare_images(run, preset, model_options, dae_options, state, init, device, dtype)
     if not len(train.rows):
