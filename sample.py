@@ -807,7 +807,7 @@ def plot_sweep(path, table):
     def draw(axes):
         for rest in dict.fromkeys(tuple(row[name] for name in others) for row in table):
             mine = [row for row in table if tuple(row[name] for name in others) == rest]
-            axes.plot([row[along] for row in mine], [row["FID"] for row in mine], "o-",
+            axes.plot([float(row[along]) if ":" not in row[along] else row[along] for row in mine], [row["FID"] for row in mine], "o-",
                       label=", ".join(f"{titles[name]} {value}" for name, value in zip(others, rest)))
         axes.set(xlabel=titles[along], ylabel="FID", title="sample quality against guidance")
         axes.legend()

@@ -816,12 +816,12 @@ def test_noise_may_be_a_function_and_labels_a_mixture():
         raise AssertionError("a misshapen embedding was accepted")
 
 
-def cells(path, rows, columns, size, left=0, gap=2):
-    """The last `rows` x `columns` images of a grid picture, its names left aside."""
-    picture = np.asarray(Image.open(path).convert("RGB"))
-    top, left = picture.shape[0] - rows * (size + gap) - gap, picture.shape[1] - columns * (size + gap) - gap
-    return [[picture[top + gap + r * (size + gap):][:size, left + gap + c * (size + gap):][:, :size].astype(int) for c in range(columns)]
-            for r in range(rows)]
+def cells(path, rows, columns, size, gap=2):
+    """The images of a grid picture, its names left aside."""
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    step = size + gap
+    picture = picture[-rows * step:, -columns * step:]         # the names are above and to the left
+    return [[picture[r * step:r * step + size, c * step:c * step + size] for c in range(columns)] for r in range(rows)]
 
 
 def test_figures():
@@ -833,8 +833,6 @@ def test_figures():
             original, _, reconstruction, first, whole = cells("reconstructions.png", 5, 2, 16)
             assert np.array_equal(whole[0], reconstruction[0]) and not np.array_equal(first[0], reconstruction[0])
             assert np.array_equal(original[0], train.read_image(a, 16))
-            quiet(sample.main, "interpolate", path, a, b, "--steps", "3")
-            row, = cells("interpolation.png", 1, 5, 64 if False else 16) if Image.open("interpolation.png").width < 130 else [None]
             sampler = sample.Sampler(path)
             images, x, label = sample.read_photos(sampler, [a, b])
             ends = sampler.images(sampler.posterior(x, label), label).astype(int)
@@ -848,13 +846,13 @@ def test_figures():
                 said = quiet(sample.main, "outpaint", path, a, "--direction", direction, *["--width", "3"] * (direction == "both"))
                 assert f"{size[0]}x{size[1]} pixels" in said and "dB to the reconstruction" in said
             said = quiet(sample.main, "rates", path, "--data", "photos")
-            assert said.count(" of 16") == 8 and "bits/dim" in said and "20 images" in said
+            shares = [float(line.split()[3]) for line in said.splitlines() if line.endswith("of 16") and line.split()[0].isdigit()]
+            assert len(shares) == 5 and abs(sum(shares) - 100) < 0.3 and "bits/dim" in said and "20 images" in said
             said = quiet(sample.main, "neighbors", path, "--data", "photos", "--n", "2", "--neighbors", "3")
             assert said.count(".png (") == 6 and os.path.exists("neighbors.png")
         refused("2 or more", sample.main, "interpolate", path, a, b, "--steps", "1")
         refused("has 5 latent groups", sample.main, "reconstruct", path, a, "--groups", "6")
         refused("two latent groups", sample.main, "manifold", trained("--out", "few").replace("run", "few"))
-        refused("with --data", sample.main, "rates", "latents.pt") if os.path.exists("latents.pt") else None
 
 
 def interpolated(path, a, b):
@@ -873,7 +871,7 @@ def test_outpainting_keeps_the_image():
     config = dataclasses.replace(TINY_CLASSES, attention_layers=(0, 0, 0, 0), heads=(0, 0, 0, 0), shift=127.5, scale=127.5, data_channels=3,
                                  first_stage="none")
     torch.manual_seed(0)
-    state = {"config": config, "run": {}, "classes": [], "ema": awake(config, scale=0.05).state_dict(), "dae": {}}
+    state = {"config": config, "run": {}, "dataset": "toy", "classes": [], "ema": awake(config, scale=0.05).state_dict(), "dae": {}}
     with folder():
         Image.fromarray(train.toy(0, 16)[0]).save("a.png")
         seen, real_load, real_save = [], sample.load_checkpoint, sample.save_grid
@@ -920,7 +918,7 @@ class Inception(torch.nn.Module):
         self.conv, self.out = torch.nn.Conv2d(3, 6, 4, 4), torch.nn.Linear(6, 5)
 
     def forward(self, img: torch.Tensor, use_fp16: bool = False, return_features: bool = False, no_output_bias: bool = False):
-        x = self.conv(img.float() / 255).mean([2, 3])
+        x = self.conv(img.float()).mean([2, 3])
         if return_features:
             return x
         return torch.softmax(F.linear(x, self.out.weight) if no_output_bias else self.out(x), 1)
