@@ -19,6 +19,7 @@ Guidance (Eq. 2) is 0 when off. A sample depends on the seed, its number and its
 Reads downwards: the model, then a function per command, the metrics before the command that uses them.
 """
 import argparse
+import contextlib
 import hashlib
 import itertools
 import os
@@ -28,6 +29,7 @@ import zipfile
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -264,7 +266,7 @@ def find_images(sampler, path):
     if path is None and sampler.data is None:
         raise UserError("name a folder of images with --data ('toy' is the built-in scenes)")
     path = sampler.data if path is None else path
-    return toy_images(sampler.size) if path in ("toy", "") else open_images(path, sampler.size)
+    return toy_images(sampler.out_size) if path in ("toy", "") else open_images(path, sampler.out_size)
 
 
 def batches(images, batch, limit=None, what="images"):
@@ -674,6 +676,17 @@ def npz_images(path):
     return shape, read
 
 
+def side_of(path):
+    """The side of a set of images, in pixels: of arr_0 of an .npz (None without), or of a folder's first image (its short one)."""
+    if path.endswith(".npz"):
+        with zipfile.ZipFile(path) as file:
+            return npz_images(path)[0][1] if "arr_0.npy" in file.namelist() else None
+    for name in open_images(path, 256).names:
+        with contextlib.suppress(Exception), Image.open(name) as image:       # an LMDB's names are not files
+            return min(image.size)
+    raise UserError(f"{path}: the images' size cannot be told: pass --image-size")
+
+
 def measured(parts, network, total):
     """Batches of images -> what is known of them: features, moments and class probabilities."""
     features, probabilities = [], []
@@ -711,8 +724,7 @@ def statistics(path, network, args, size=None):
         state = os.stat(path)
         fingerprint, parts, total = (path, state.st_size, state.st_mtime_ns), read(args.batch), -(-shape[0] // args.batch)
     else:
-        if size is None:
-            size = args.image_size
+        size = args.image_size or size or side_of(path)
         images = open_images(path, size)
         fingerprint, total = (images.fingerprint, size), -(-len(images.names) // args.batch)
         parts = (some for _, some in batches(images, args.batch))
@@ -723,6 +735,8 @@ def statistics(path, network, args, size=None):
             found = {k: file[k] for k in file.files}
     else:
         found = measured(parts, network, total)
+        if "probabilities" in found and not path.endswith(".npz"):            # of a folder, which is sorted: shuffled for the splits
+            found["probabilities"] = np.random.default_rng(0).permutation(found["probabilities"])
         write(cached, lambda f: np.savez(f, **found))
     return found | given
 
@@ -752,17 +766,12 @@ def evaluate(args):
                                           args.temperature or [[1.0]]))
         if args.export and len(settings) > 1:
             raise UserError(f"--export writes the statistics of one setting, and {len(settings)} are asked for")
-    size = sampler.out_size if sampler else args.image_size
-    if sampler is None and args.source.endswith(".npz") and args.reference:
-        with np.load(args.source, allow_pickle=False) as file:
-            size = npz_images(args.source)[0][1] if "arr_0" in file.files else size
+    made = None if sampler else statistics(args.source, network, args)        # of images made already
+    size = sampler.out_size if sampler else side_of(args.source)              # the reference's images get it too
     reference = statistics(args.reference, network, args, size) if args.reference else None
     table = []
     for setting in settings:
-        if sampler is None:
-            found = statistics(args.source, network, args)
-        else:
-            found = sampled(sampler, network, args, setting)
+        found = made or sampled(sampler, network, args, setting)
         row = dict(zip(("w_mu", "w_sigma", "temperature"), [":".join(f"{v:g}" for v in value) for value in setting or ()]))
         if reference is not None:
             if found["mu"].shape != reference["mu"].shape:
@@ -801,13 +810,14 @@ def plot_sweep(path, table):
     """FID against whichever setting takes most values, a curve per combination of the others."""
     names = ["w_mu", "w_sigma", "temperature"]
     along = max(names, key=lambda name: len({row[name] for row in table}))
+    place = str if any(":" in row[along] for row in table) else float
     others = [name for name in names if name != along]
     titles = {"w_mu": "mean guidance $w_\\mu$", "w_sigma": "variance guidance $w_\\sigma$", "temperature": "temperature"}
 
     def draw(axes):
         for rest in dict.fromkeys(tuple(row[name] for name in others) for row in table):
             mine = [row for row in table if tuple(row[name] for name in others) == rest]
-            axes.plot([float(row[along]) if ":" not in row[along] else row[along] for row in mine], [row["FID"] for row in mine], "o-",
+            axes.plot([place(row[along]) for row in mine], [row["FID"] for row in mine], "o-",
                       label=", ".join(f"{titles[name]} {value}" for name, value in zip(others, rest)))
         axes.set(xlabel=titles[along], ylabel="FID", title="sample quality against guidance")
         axes.legend()
@@ -819,10 +829,8 @@ def neighbors(args):
     check_name(args.out, ".png", ".jpg", ".webp")
     sampler = make_sampler(args)
     guidance = check_guidance(sampler, args)
-    images = find_images(sampler, args.data)
-    if sampler.out_size != images.size:
-        images = open_images(args.data, sampler.out_size) if args.data not in (None, "toy") else toy_images(sampler.out_size)
     network = Network(args.features, sampler.device, args.resize) if args.features else None
+    images = find_images(sampler, args.data)
     encoder = sampler.upsampler or sampler
     features = lambda some: network(some)[0] if network else encoder.latents(some).flatten(1).cpu().numpy()
     labels = even_labels(wanted_classes(sampler, args), args.n)
@@ -1017,7 +1025,7 @@ def main(argv=None):
     p.add_argument("--variance-guidance", type=settings, help="w_sigma, likewise")
     p.add_argument("--temperature", type=settings, help="one or several (1)")
     p.add_argument("--upsampler", help="checkpoint of an upsampler, to enlarge the samples (Table 1)")
-    p.add_argument("--image-size", type=positive, default=256, help="folders' images are cropped to squares of this side, where no checkpoint or .npz says so (256)")
+    p.add_argument("--image-size", type=positive, help="crop folders' images to squares of this side (that of the images evaluated)")
     p.add_argument("--cache", default=os.path.join("runs", "features"), help="folder that keeps measured features (runs/features)")
     p.add_argument("--export", help=".npz for mu, sigma, features and probabilities, to be a --reference")
 
