@@ -45,7 +45,7 @@ from train import (Parser, UserError, autocast, cli, grid, guidance_levels, load
 class Sampler:
     """A checkpoint's EMA weights and autoencoder, on a device: noise, labels or images in, uint8 images out."""
 
-    def __init__(self, path, device="auto", precision="fp32", dae=None, upsampler=None, state=None):
+    def __init__(self, path, device="auto", precision="auto", dae=None, upsampler=None, state=None):
         state = state or load_checkpoint(path)
         self.device = pick_device(device)
         self.dtype = pick_dtype(self.device, precision)
@@ -65,7 +65,7 @@ class Sampler:
             raise UserError(f"the autoencoder's latents have {self.dae.config.z_channels} channels, the model's "
                             f"{self.config.data_channels}")
         self.model.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
-        self.dae.to(self.device)
+        self.dae.to(self.device, memory_format=torch.channels_last)
         self.size = self.config.resolution * self.dae.config.f                # side of the model's images, in pixels
         self.sides = lvae.resolutions(self.config)[::-1]                      # of the levels, coarsest first
         self.upsampler = Sampler(upsampler, device, precision) if upsampler else None
@@ -957,7 +957,8 @@ def main(argv=None):
         p.add_argument(first, help=help)
         p.add_argument("--batch", type=positive, default=16, help="images at a time (16)")
         p.add_argument("--device", default="auto", help="cuda, mps, cpu, ... (auto)")
-        p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="fp32", help="of the convs (fp32)")
+        p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                       help="of the convs (auto: bf16 where the device has units for it)")
         p.add_argument("--dae", help="autoencoder file, instead of the one in the checkpoint")
         p.add_argument("--seed", type=whole, default=0, help="of the noise (0)")
         if out:
@@ -1037,7 +1038,6 @@ def main(argv=None):
     p.add_argument("--neighbors", type=positive, default=6, help="neighbours of each (6)")
 
     p = command(bench, "source", f"checkpoint, or a preset with random weights: {', '.join(lvae.PRESETS)}")
-    p.set_defaults(precision="auto")
     p.add_argument("--guided", action=argparse.BooleanOptionalAction, help="with guidance (if the model can)")
     p.add_argument("--seconds", type=float, default=5.0, help="to time each stage for (5)")
 

@@ -957,7 +957,7 @@ def test_evaluation():
         quiet(sample.main, "evaluate", "photos", "--image-size", "16", "--features", "inception.pt", "--export", "exported.npz")
         for name, balls in (("statistics.npz", False), ("batch.npz", True), ("exported.npz", True)):
             again, = table(*asked, "--reference", name)
-            assert again["FID"] == row["FID"] and ("precision" in again) == balls
+            assert abs(float(again["FID"]) - float(row["FID"])) < 1e-5 * expected and ("precision" in again) == balls, (name, again)
             assert not balls or again["recall"] == row["recall"]
         cached = set(os.listdir(os.path.join("runs", "features")))
         rows = table("evaluate", path, "--features", "inception.pt", "--reference", "exported.npz", "--n", "12", "--mean-guidance", "0,1.5,0:1:2",
@@ -1275,8 +1275,9 @@ def test_commands_end_to_end():
 def test_samples_depend_on_seed_and_number_only():
     with folder():
         path = trained()
-        quiet(sample.main, "generate", path, "--n", "7", "--batch", "7", "--png-dir", "a", "--npz", "a.npz")
-        quiet(sample.main, "generate", path, "--n", "7", "--batch", "3", "--png-dir", "b")
+        exact = ["--precision", "fp32"]
+        quiet(sample.main, "generate", path, "--n", "7", "--batch", "7", "--png-dir", "a", "--npz", "a.npz", *exact)
+        quiet(sample.main, "generate", path, "--n", "7", "--batch", "3", "--png-dir", "b", *exact)
         assert sorted(os.listdir("a")) == sorted(os.listdir("b")) and len(os.listdir("a")) == 7
         load = lambda name, i: np.asarray(Image.open(f"{name}/{i:06d}.png")).astype(int)
         assert all(np.abs(load("a", i) - load("b", i)).max() <= 1 for i in range(7))
