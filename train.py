@@ -14,11 +14,15 @@ The same command again resumes; on a CPU the result is the same to the last bit 
 Reads downwards: the toy scenes, data, pictures and files, then stage one, stage two, and the command line.
 """
 import argparse
+import contextlib
 import copy
+import glob
 import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -414,6 +418,73 @@ def reserve(path):
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 
+def save_checkpoint(path, state, previous, keep):
+    """Replace a checkpoint, whole. The one that stands there, of step `previous`, stays beside it as NAME-STEP.pt, with the
+    `keep` newest of those; at every moment the name itself is that of a loadable checkpoint."""
+    stem = path.removesuffix(".pt")
+    if keep and previous is not None and previous != state["step"] and os.path.exists(path):
+        older = f"{stem}-{previous:07d}.pt"
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(older)
+        try:
+            os.link(path, older)
+        except OSError:                                        # a file system without hard links
+            shutil.copyfile(path, older)
+    write(path, lambda file: torch.save(state, file))
+    for old in sorted(glob.glob(f"{glob.escape(stem)}-*.pt"))[:-keep or None]:
+        os.remove(old)
+
+
+def load_newest(path, load):
+    """What `load` makes of a checkpoint, or of the one kept before it where that is damaged; and whether it is the newest.
+    (None, True) if there is none."""
+    paths = [path] + sorted(glob.glob(f"{glob.escape(path.removesuffix('.pt'))}-*.pt"), reverse=True)
+    paths = [p for p in paths if os.path.exists(p)]
+    for p in paths:
+        try:
+            return load(p), p == path
+        except daes.LoadError as e:
+            print(f"{e}" + ("; going on from the one saved before" if p != paths[-1] else ""), file=sys.stderr, flush=True)
+    if paths:
+        raise UserError(f"{path}: no checkpoint here can be loaded; choose another --out to begin anew")
+    return None, True
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved."""
+
+
+@contextlib.contextmanager
+def signals():
+    """Inside, SIGTERM (pre-emption) and Ctrl-C only fill the list given, which is looked at between steps. A second one is a
+    KeyboardInterrupt."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def claim(out):
+    """Make a run's folder and lock it against other processes, until the file returned is closed. Raises UserError."""
+    os.makedirs(out, exist_ok=True)
+    file = open(os.path.join(out, "lock"), "w")
+    with contextlib.suppress(ImportError):                     # Windows has no fcntl
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another process is training there; wait for it, or choose another --out") from None
+    return file
+
+
 def write_log(out, **stats):
     """Append a line to log.jsonl."""
     with open(os.path.join(out, "log.jsonl"), "a") as file:
@@ -531,11 +602,14 @@ def train_dae(images, indices, config, run, device, dtype):
     optimizer = torch.optim.Adam(ae.parameters(), config.lr, betas=betas, fused=True)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.5, 0.9), fused=True) if adversarial else None
 
-    step = skipped = 0
-    if os.path.exists(path):
+    def load(path):
         state = daes.read(path)
         if not isinstance(state, dict) or not {"dae", "optimizer", "step", "dae_config", "run"} <= state.keys():
-            raise UserError(f"{path}: not a save of this run; remove it to begin anew")
+            raise daes.LoadError(f"{path}: not a save of this run's autoencoder")
+        return state
+    step, skipped, saved = 0, 0, None
+    state, newest = load_newest(path, load)
+    if state:
         compare_configs(state.get("dae_config", {}), asdict(config), path)
         compare_configs(state.get("run", {}), {k: v for k, v in run.origin.items() if k != "dae_options"}, path)
         ae.load_state_dict(state["dae"])
@@ -544,6 +618,7 @@ def train_dae(images, indices, config, run, device, dtype):
             discriminator.load_state_dict(state["discriminator"])
             d_optimizer.load_state_dict(copy.deepcopy(state["d_optimizer"]))
         step = state["step"]
+        saved = step if newest else None
         del state                                              # and with it the mapped file
     trim_log(run.out, "dae", step)
 
@@ -552,7 +627,7 @@ def train_dae(images, indices, config, run, device, dtype):
                  "run": run.origin}
         if adversarial:
             state |= {"discriminator": discriminator.state_dict(), "d_optimizer": d_optimizer.state_dict()}
-        write(path, lambda file: torch.save(state, file))
+        save_checkpoint(path, state, saved, run.keep)
 
     def read_batch(number):                                    # numpy only: torch's threads belong to the main one
         mirror = np.random.default_rng((run.seed, number)).random(config.batch) < (0.5 if run.flip else 0)
@@ -599,8 +674,11 @@ def train_dae(images, indices, config, run, device, dtype):
                 bar.set_postfix(l1=stats["l1"])
                 write_log(run.out, stage="dae", step=step, loss=round(loss.item(), 3), **stats,
                           grad_norm=round(float(norm), 3), lr=optimizer.param_groups[0]["lr"], images_per_s=round(rate, 1))
-            if step % run.save_every == 0 or step == config.steps:
+            if step % run.save_every == 0 or step == config.steps or run.asked:
                 save()
+                saved = step
+            if run.asked and step < config.steps:
+                raise Stopped(f"{run.asked[0]}: saved {path} at step {step} of the autoencoder")
             if step % run.sample_every == 0 or step == config.steps:
                 with torch.no_grad(), autocast(device, dtype):
                     rec = ae.decode(ae.encode(x[:8]))
@@ -630,12 +708,15 @@ def encode_images(ae, images, run, name, device, dtype):
     shape = (len(images.names), views, ae.config.z_channels, side, side)
     path = os.path.join(run.out, f"latents_{name}.npy")
     notes_path = path[:-len(".npy")] + ".json"
-    notes, cache = {"key": key, "done": 0, "bad": {}}, None
+    listing = hashlib.sha256("\n".join(images.names).encode()).hexdigest()
+    notes, cache = {"key": key, "done": 0, "bad": {}, "count": len(images.names), "listing": listing}, None
     try:
         with open(notes_path) as file:
             found = json.load(file)
         if found["key"] == key and found["done"]:
             cache, notes = np.lib.format.open_memmap(path, "r+"), found
+        elif found["listing"] != listing:
+            print(f"the {name} images are others than before: {len(images.names)}, then {found['count']}; encoding them anew")
     except (OSError, ValueError, KeyError):                    # none, or broken: encode anew
         pass
     if cache is None:
@@ -672,9 +753,11 @@ def encode_images(ae, images, run, name, device, dtype):
                         images.bad[images.names[i]] = "the autoencoder's output is not finite"
             notes["done"] = min(notes["done"] + batch, shape[0])
             bar.update(notes["done"] - bar.n)
-            if notes["done"] == shape[0] or time.time() > saved + 10:
+            if notes["done"] == shape[0] or time.time() > saved + 10 or run.asked:
                 save()
                 saved = time.time()
+            if run.asked:
+                raise Stopped(f"{run.asked[0]}: {notes['done']} of {shape[0]} {name} images are encoded")
     bar.close()
     good = np.array([n not in images.bad for n in images.names])
     if not good.any():
@@ -813,8 +896,9 @@ def guidance_levels(config, weight):
     return [0.0 if side == 1 else weight for side in lvae.resolutions(config)[::-1]]
 
 
-def train_lvae(config, ae, train, held, classes, state, init, run, device, dtype):
-    """Train the LVAE: on from the checkpoint `state` of this run, or else with the weights of another, `init`, or anew."""
+def train_lvae(config, ae, train, held, classes, state, newest, init, run, device, dtype):
+    """Train the LVAE: on from the checkpoint `state` of this run (`newest`: OUT/checkpoint.pt itself), or else with the weights
+    of another, `init`, or anew."""
     path = os.path.join(run.out, "checkpoint.pt")
     dataset = (state or init)["dataset"] if run.init else run.dataset         # what the model is: of ImageNet, say
     if state:
@@ -825,11 +909,12 @@ def train_lvae(config, ae, train, held, classes, state, init, run, device, dtype
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.9), fused=True)
-    step = skipped = 0
+    step, skipped, saved = 0, 0, None
     if state:
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         step, skipped = state["step"], state["skipped"]
+        saved = step if newest else None
         state.clear()                                          # lets go of the mapped file
         print(f"resuming {path} at step {step}")
     trim_log(run.out, "lvae", step)
@@ -840,10 +925,11 @@ def train_lvae(config, ae, train, held, classes, state, init, run, device, dtype
         state = {"config": asdict(config), "step": step, "skipped": skipped, "run": run.origin, "classes": classes, "dataset": dataset,
                  "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                  "dae": ae.state_dict() if ae else {}}
-        write(path, lambda file: torch.save(state, file))
+        save_checkpoint(path, state, saved, run.keep)
 
     if step == 0:
         save()
+        saved = step
     bits = lambda nats: round(float(lvae.bits_per_dim(nats, config)), 5)
     per_level = np.repeat(range(len(config.groups)), config.groups[::-1])    # level of each group, coarsest first
     bar = tqdm(total=config.steps, initial=step, desc="lvae", unit="step", disable=step >= config.steps)
@@ -887,8 +973,11 @@ def train_lvae(config, ae, train, held, classes, state, init, run, device, dtype
             if board:
                 board.add_scalar("held_out_nelbo_bits", entry["held_out_nelbo_bits"], step)
             started += time.time() - before
-        if step % run.save_every == 0 or last:
+        if step % run.save_every == 0 or last or run.asked:
             save()
+            saved = step
+        if run.asked and not last:
+            raise Stopped(f"{run.asked[0]}: saved {path} at step {step}")
         if ae is not None and (step % run.sample_every == 0 or last):
             before = time.time()
             save_pictures(ema, ae, held if len(held.rows) else train, classes, step, run, device, dtype)
@@ -937,6 +1026,7 @@ class Run:
     eval_every: int = lvae.knob(500, "steps between evaluations on held-out images")
     sample_every: int = lvae.knob(500, "steps between sample grids")
     save_every: int = lvae.knob(500, "steps between checkpoints")
+    keep: int = lvae.knob(1, "earlier checkpoints that stay, as checkpoint-STEP.pt")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1101,7 +1191,7 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
         val = images
         train_rows, held_rows = split(len(images.names), run.holdout)
 
-    os.makedirs(run.out, exist_ok=True)                        # only now: what was asked for fits
+    run.lock = claim(run.out)                                  # only now: what was asked for fits
     if ae is None:
         print(f"autoencoder {run.dae_preset}: f = {dae_config.f}, batch {dae_config.batch}, {dae_config.steps} steps on "
               f"{len(train_rows)} images of {size}x{size}, {device}, convs in {str(dtype).split('.')[1]}", flush=True)
@@ -1138,12 +1228,21 @@ def prepare_latents(run, preset, model_options, begun, device):
     train_rows, held_rows = split(len(data.rows), run.holdout)
     ae = daes.load(run.dae) if run.dae else daes.from_state(begun["dae"], run.init) if begun and begun["dae"] else None
     ae = ae and ae.to(device)
-    os.makedirs(run.out, exist_ok=True)
+    run.lock = claim(run.out)
     return config, ae, replace(data, rows=train_rows), replace(data, rows=held_rows), []
 
 
 def main(argv=None):
     run, model_options, dae_options = parse(sys.argv[1:] if argv is None else argv)
+    with signals() as run.asked:
+        try:
+            train_both(run, model_options, dae_options)
+        except Stopped as e:
+            print(f"\n{e}. The same command goes on from there.")
+
+
+def train_both(run, model_options, dae_options):
+    """The two stages of a run, or what is left of them."""
     preset = lvae.PRESETS[run.dataset]
     latents = run.data.endswith(".npz")
     if not run.dataset.startswith("toy") and not latents:
@@ -1154,13 +1253,14 @@ def main(argv=None):
             (run.precision in ("auto", "bf16", "fp32"), f"--precision is auto, bf16 or fp32, not {run.precision}"),
             (0 <= run.holdout < 1, f"--holdout is a fraction from 0 up to 1, not {run.holdout}"),
             (run.seed >= 0, f"--seed may not be negative: {run.seed}"),
+            (run.keep >= 0, f"--keep may not be negative: {run.keep}"),
             (min(run.log_every, run.eval_every, run.sample_every, run.save_every) > 0, "--...-every counts steps, from 1 up")]:
         if not ok:
             raise UserError(message)
     device = pick_device(run.device)
     dtype = pick_dtype(device, run.precision)
     path = os.path.join(run.out, "checkpoint.pt")
-    state = load_checkpoint(path) if os.path.exists(path) else None
+    state, newest = load_newest(path, load_checkpoint)
     init = load_checkpoint(run.init) if run.init and not state else None
     if run.init:                                               # the configuration is the file's
         preset = (state or init)["config"]
@@ -1183,7 +1283,7 @@ def main(argv=None):
         raise UserError("nothing to train on: every image is bad or held out")
     if not config.scale:                                       # measured once, then part of the run
         config = (replace(config, shift=state["config"].shift, scale=state["config"].scale) if state else measure(train, config))
-    train_lvae(config, ae, train, held, classes, state, init, run, device, dtype)
+    train_lvae(config, ae, train, held, classes, state, newest, init, run, device, dtype)
 
 
 def cli(main):
