@@ -476,17 +476,18 @@ class LVAE(nn.Module):
             self.levels.append(layers)
         self.out_proj = conv(widths[0], 2 * config.data_channels)
 
-    def forward(self, x, label=None, noise=None, low_res=None):
+    def forward(self, x, label=None, noise=None, low_res=None, lost=None):
         """One training pass: posterior samples of every group, p(x|z) and the terms of the objective.
 
         x (B, C, H, W); label (B,) int64, or None for "no label"; noise: L posterior eps, top-down, None draws them;
-        low_res (B, C, H/f, W/f): an upsampler's input, by default x shrunk. In training mode the prior and shared blocks
-        lose each sample's label with probability `label_dropout`. Returns an Output.
+        low_res (B, C, H/f, W/f): an upsampler's input, by default x shrunk; lost (B,) bool: whose label the prior and shared
+        blocks do not see, by default in training mode a share `label_dropout`, drawn. Returns an Output.
         """
         seen = label = self._labels(label, len(x), x.device)
-        if self.training and label is not None:
-            dropped = torch.rand(len(x), device=x.device) < self.config.label_dropout
-            seen = torch.where(dropped, self.config.num_classes, label)
+        if lost is None and self.training:
+            lost = torch.rand(len(x), device=x.device) < self.config.label_dropout
+        if lost is not None and label is not None:
+            seen = torch.where(lost, self.config.num_classes, label)
         mean, logvar, latents = self._infer(x, label, seen, noise, low_res)
         kl = torch.stack([gaussian_kl(l.posterior, l.prior).sum((1, 2, 3)) for l in latents])  # (L, B)
         return Output(mean, logvar, kl, self.spectral(), latents)

@@ -1163,7 +1163,7 @@ def test_accumulation_is_a_larger_batch():
         model.eval()                                           # one power-iteration state for both
         forward, start = model.forward, iter(range(0, 4, 4 // parts))
 
-        def with_noise(x, label=None):
+        def with_noise(x, label=None, drawn=None, lost=None):
             at = next(start)
             return forward(x, label, [e[at:at + len(x)] for e in noise])
         model.forward = with_noise

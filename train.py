@@ -29,10 +29,12 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -556,6 +558,8 @@ def released_checkpoint(state, path):
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:          # under torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -570,6 +574,39 @@ def pick_dtype(device, precision):
                 device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
         precision = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def join(device):
+    """Join the other processes, if torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+
+
+def world():
+    """(Rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def say(text):
+    """Print, from the first process only."""
+    if world()[0] == 0:
+        print(text, flush=True)
+
+
+def barrier():
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def average(tensors):
+    """Replace tensors by their mean over all processes, in place: one message for all."""
+    if world()[1] > 1:
+        flat = torch.cat([t.flatten().float() for t in tensors])
+        dist.all_reduce(flat)
+        for t, mean in zip(tensors, (flat / world()[1]).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
 
 
 def autocast(device, dtype):
@@ -620,7 +657,8 @@ def train_dae(images, indices, config, run, device, dtype):
         step = state["step"]
         saved = step if newest else None
         del state                                              # and with it the mapped file
-    trim_log(run.out, "dae", step)
+    if world()[0] == 0:
+        trim_log(run.out, "dae", step)
 
     def save():
         state = {"dae": ae.state_dict(), "dae_config": asdict(config), "step": step, "optimizer": optimizer.state_dict(),
@@ -763,7 +801,7 @@ def encode_images(ae, images, run, name, device, dtype):
     if not good.any():
         raise UserError(f"no usable image among {len(good)}")
     if not good.all():
-        print(f"{name} images: {len(good) - good.sum()} of {len(good)} are bad and were left out, named in {notes_path}")
+        say(f"{name} images: {len(good) - good.sum()} of {len(good)} are bad and were left out, named in {notes_path}")
     return cache, good
 
 
@@ -819,21 +857,25 @@ def measure(latents, config):
 def train_step(model, ema, optimizer, batches, step, device, dtype):
     """One update (Section 3): accumulate, skip if the gradient is out of bounds, Adam, EMA. Returns named statistics.
 
-    batches: config.accumulate pairs (x, label). Gaussians and losses are fp32 whatever dtype the convs run in.
+    batches: config.accumulate pairs (x, label), this process's part of each batch. Gaussians and losses are fp32 whatever
+    dtype the convs run in.
     """
     config = model.config
     optimizer.param_groups[0]["lr"] = config.lr * min(1, step / config.warmup) if config.warmup else config.lr
     optimizer.zero_grad()
     total = None
     for x, label in batches:
+        noise, lost = draw_noise(model, len(x), device)
         with autocast(device, dtype):
-            out = model(x, label)
+            out = model(x, label, noise, lost=lost)
         losses = lvae.objective(out, x, config)
         (losses.loss / len(batches)).backward()
         losses = lvae.Loss(*(t.detach() / len(batches) for t in losses))
         total = losses if total is None else lvae.Loss(*map(torch.add, total, losses))
 
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    average(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
     limit = config.skip_threshold * config.data_channels * config.resolution ** 2 if step > 1000 else math.inf
     skipped = not norm.isfinite() or bool(norm > limit)
     if not skipped:
@@ -841,6 +883,15 @@ def train_step(model, ema, optimizer, batches, step, device, dtype):
         decay = min(config.ema, (1 + step) / (10 + step))      # warmed up, or early averages are mostly initialisation
         update_ema(ema, model, decay)
     return total, float(norm), skipped
+
+
+def draw_noise(model, n, device):
+    """The posterior's noise of n samples, L x (n, z, h, w), and who loses the label (n,). Every process draws that of all, and
+    takes its part: a run is the same on any number of them."""
+    rank, count = world()
+    mine = slice(rank * n, (rank + 1) * n)
+    noise = [torch.randn(count * n, *shape, device=device)[mine] for shape in model.latent_shapes()]
+    return noise, torch.rand(count * n, device=device)[mine] < model.config.label_dropout
 
 
 @torch.no_grad()
@@ -916,9 +967,13 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
         step, skipped = state["step"], state["skipped"]
         saved = step if newest else None
         state.clear()                                          # lets go of the mapped file
-        print(f"resuming {path} at step {step}")
-    trim_log(run.out, "lvae", step)
-    board = tensorboard(run.out)
+        say(f"resuming {path} at step {step}")
+    rank, count = world()
+    if config.batch % count:
+        raise UserError(f"--batch {config.batch} is shared by {count} processes: it must be a multiple of {count}")
+    if rank == 0:
+        trim_log(run.out, "lvae", step)
+    board = tensorboard(run.out) if rank == 0 else None
     describe(run, config, ae, train, held, device, dtype, sum(p.numel() for p in model.parameters()))
 
     def save():
@@ -927,20 +982,21 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
                  "dae": ae.state_dict() if ae else {}}
         save_checkpoint(path, state, saved, run.keep)
 
-    if step == 0:
+    if step == 0 and rank == 0:
         save()
         saved = step
     bits = lambda nats: round(float(lvae.bits_per_dim(nats, config)), 5)
     per_level = np.repeat(range(len(config.groups)), config.groups[::-1])    # level of each group, coarsest first
-    bar = tqdm(total=config.steps, initial=step, desc="lvae", unit="step", disable=step >= config.steps)
+    bar = tqdm(total=config.steps, initial=step, desc="lvae", unit="step", disable=step >= config.steps or rank > 0)
     started, since, row = time.time(), step, 0
+    part = slice(rank * config.batch // count, (rank + 1) * config.batch // count)
     while step < config.steps:
         batches = []
         for micro in range(config.accumulate):
             number = step * config.accumulate + micro
             indices = batch_indices(run.seed, len(train.rows), config.batch, number)
             view = np.random.default_rng((run.seed, number)).integers(2, size=len(indices))
-            batches.append(train.batch(indices, config, device, view))
+            batches.append(train.batch(indices[part], config, device, view[part]))
         step += 1
         seed_step(run.seed, step)
         losses, norm, skip = train_step(model, ema, optimizer, batches, step, device, dtype)
@@ -949,8 +1005,11 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
             raise UserError(f"100 steps in a row skipped (gradient norm {norm:.3g}): training has diverged. Lower --lr, or raise "
                             f"--skip-threshold; {path} holds the last good state")
         bar.update()
-        last = step == config.steps
+        last, stop = step == config.steps, torch.tensor(float(bool(run.asked)))
+        average([stop])                                        # all processes stop after the same step
         if step % run.log_every == 0 or last:
+            average(losses)
+        if rank == 0 and (step % run.log_every == 0 or last):
             rate = (step - since) * config.batch * config.accumulate / (time.time() - started)
             levels = [round(float(losses.kl[torch.from_numpy(per_level == i)].sum()), 3) for i in range(len(config.groups))]
             entry = dict(loss=round(float(losses.loss), 3), distortion=round(float(losses.distortion), 3),
@@ -963,7 +1022,7 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
                 if board and name != "kl_levels":
                     board.add_scalar(name, value, step)
             started, since = time.time(), step
-        if len(held.rows) and (step % run.eval_every == 0 or last):
+        if rank == 0 and len(held.rows) and (step % run.eval_every == 0 or last):
             before = time.time()
             distortion, rate = evaluate(ema, held, device, dtype)
             entry = dict(held_out_distortion=round(distortion, 3), held_out_rate=round(rate, 3),
@@ -973,17 +1032,18 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
             if board:
                 board.add_scalar("held_out_nelbo_bits", entry["held_out_nelbo_bits"], step)
             started += time.time() - before
-        if step % run.save_every == 0 or last or run.asked:
+        if rank == 0 and (step % run.save_every == 0 or last or stop):
             save()
             saved = step
-        if run.asked and not last:
-            raise Stopped(f"{run.asked[0]}: saved {path} at step {step}")
-        if ae is not None and (step % run.sample_every == 0 or last):
+        if stop and not last:
+            raise Stopped(f"{run.asked[0] if run.asked else 'a signal'}: saved {path} at step {step}")
+        if rank == 0 and ae is not None and (step % run.sample_every == 0 or last):
             before = time.time()
             save_pictures(ema, ae, held if len(held.rows) else train, classes, step, run, device, dtype)
             started += time.time() - before
     bar.close()
-    print(f"done: {path} ({skipped} of {step} steps skipped). Samples: python sample.py generate {path}")
+    barrier()
+    say(f"done: {path} ({skipped} of {step} steps skipped). Samples: python sample.py generate {path}")
 
 
 def tensorboard(out):
@@ -1078,6 +1138,8 @@ def parse(argv):
 
 def describe(run, config, ae, train, held, device, dtype, count):
     """The resolved configuration, once."""
+    if world()[0]:
+        return
     print(f"data        {run.data or 'toy scenes, drawn by code'}: {len(train.rows)} to train on, {len(held.rows)} held out, "
           f"{f'{config.num_classes} classes' if config.num_classes else 'unconditional'}")
     stage = "none: latents as given" if ae is None else "none: pixels" if isinstance(ae, daes.Identity) else (
@@ -1085,7 +1147,8 @@ def describe(run, config, ae, train, held, device, dtype, count):
     print(f"autoencoder {stage}; latents {config.data_channels}x{config.resolution}x{config.resolution}, "
           f"shift {config.shift:.4g}, scale {config.scale:.4g}")
     print(f"lvae        {count:,} parameters, effective batch {config.batch} x {config.accumulate}, {config.steps} steps")
-    print(f"device      {device}, convs in {str(dtype).split('.')[1]}, {torch.get_num_threads()} threads")
+    print(f"device      {device}, {world()[1]} process{'es' * (world()[1] > 1)}, convs in {str(dtype).split('.')[1]}, "
+          f"{torch.get_num_threads()} threads")
     print("config      " + "  ".join(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
                                      for k, v in asdict(config).items()), flush=True)
 
@@ -1191,15 +1254,19 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
         val = images
         train_rows, held_rows = split(len(images.names), run.holdout)
 
-    run.lock = claim(run.out)                                  # only now: what was asked for fits
+    run.lock = claim(run.out) if world()[0] == 0 else None     # only now: what was asked for fits
+    if world()[0]:
+        barrier()                                              # until the first process has trained and encoded
     if ae is None:
-        print(f"autoencoder {run.dae_preset}: f = {dae_config.f}, batch {dae_config.batch}, {dae_config.steps} steps on "
-              f"{len(train_rows)} images of {size}x{size}, {device}, convs in {str(dtype).split('.')[1]}", flush=True)
+        say(f"autoencoder {run.dae_preset}: f = {dae_config.f}, batch {dae_config.batch}, {dae_config.steps} steps on "
+            f"{len(train_rows)} images of {size}x{size}, {device}, convs in {str(dtype).split('.')[1]}")
         ae = train_dae(images, train_rows, dae_config, run, device, dtype)
     h, good = encode_images(ae, images, run, "train", device, dtype)
     train = Latents(h, images.labels, train_rows[good[train_rows]])
     if val is not images:
         h, good = encode_images(ae, val, run, "val", device, dtype)
+    if world()[0] == 0:
+        barrier()
     held = Latents(h, val.labels, held_rows[good[held_rows]])
     return config, ae, train, held, images.classes if config.num_classes else []
 
@@ -1228,7 +1295,7 @@ def prepare_latents(run, preset, model_options, begun, device):
     train_rows, held_rows = split(len(data.rows), run.holdout)
     ae = daes.load(run.dae) if run.dae else daes.from_state(begun["dae"], run.init) if begun and begun["dae"] else None
     ae = ae and ae.to(device)
-    run.lock = claim(run.out)
+    run.lock = claim(run.out) if world()[0] == 0 else None
     return config, ae, replace(data, rows=train_rows), replace(data, rows=held_rows), []
 
 
@@ -1238,7 +1305,7 @@ def main(argv=None):
         try:
             train_both(run, model_options, dae_options)
         except Stopped as e:
-            print(f"\n{e}. The same command goes on from there.")
+            say(f"\n{e}. The same command goes on from there.")
 
 
 def train_both(run, model_options, dae_options):
@@ -1258,6 +1325,7 @@ def train_both(run, model_options, dae_options):
         if not ok:
             raise UserError(message)
     device = pick_device(run.device)
+    join(device)
     dtype = pick_dtype(device, run.precision)
     path = os.path.join(run.out, "checkpoint.pt")
     state, newest = load_newest(path, load_checkpoint)
