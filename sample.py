@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from train import (Parser, UserError, autocast, cli, grid, guidance_levels, load_checkpoint, open_images, pick_device, pick_dtype,
-                   read_image, reserve, to_tensor, to_uint8, toy_images, write)
+from train import (Parser, UserError, autocast, barrier, cli, grid, guidance_levels, join, load_checkpoint, open_images,
+                   pick_device, pick_dtype, read_image, reserve, to_tensor, to_uint8, toy_images, world, write)
 
 # ---------------------------------------------------------------- the model
 
@@ -305,33 +305,40 @@ def generate(args):
     n = args.n or (8 * min(len(classes), 10) if classes else 16)
     labels = even_labels(classes, n)
     out = args.out or (None if args.npz or args.png_dir else "samples.png")
-    # Classes are shuffled in the .npz: the Inception Score is taken over consecutive parts.
-    place = np.random.default_rng(args.seed).permutation(n)
-    array, temporary = None, None
-    if args.npz:
-        temporary = args.npz + ".images.tmp"
-        os.makedirs(os.path.dirname(os.path.abspath(args.npz)), exist_ok=True)
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, (n, sampler.out_size, sampler.out_size, 3))
-        reserve(temporary)
-    shown = []
+    join(sampler.device)
+    rank = world()[0]
+    # Images go through a file, in which several processes can work. In the .npz the classes are shuffled, because the Inception
+    # Score is taken over consecutive parts.
+    place = np.random.default_rng(args.seed).permutation(n) if args.npz else np.arange(n)
+    kept = n if args.npz else min(n, args.grid) if out else 0
+    temporary = f"{args.npz or out}.images.tmp"
     try:
+        if kept and rank == 0:
+            os.makedirs(os.path.dirname(os.path.abspath(temporary)), exist_ok=True)
+            np.lib.format.open_memmap(temporary, "w+", np.uint8, (kept, sampler.out_size, sampler.out_size, 3))
+            reserve(temporary)
+        barrier()
+        array = np.lib.format.open_memmap(temporary, "r+") if kept else None
         for numbers, images in draw_all(sampler, args, n, labels, guidance):
-            if out:
-                shown.extend(images[:max(0, args.grid - numbers[0])])
-            if array is not None:
-                array[place[numbers]] = images
+            for at, image in zip(place[numbers], images):
+                if at < kept:
+                    array[at] = image
             if args.png_dir:
                 for number, image in zip(numbers, images):
                     save_grid(os.path.join(args.png_dir, f"{number:06d}.png"), [[image]], gap=0)
-        if array is not None:
+        barrier()
+        if rank:
+            return
+        if args.npz:
             shuffled = {}
             if classes:
                 shuffled["arr_1"] = np.empty(n, np.int64)
                 shuffled["arr_1"][place] = labels
             write(args.npz, lambda f: np.savez(f, arr_0=array, **shuffled))
             print(f"{args.npz}: {n} images {array.shape[1:]}" + (", labels" if classes else ""))
+        shown = [np.array(array[at]) for at in place[:args.grid]] if out else []
     finally:
-        if temporary and os.path.exists(temporary):
+        if rank == 0 and os.path.exists(temporary):
             os.remove(temporary)
     if out:
         named = []
@@ -350,8 +357,9 @@ def generate(args):
 
 
 def draw_all(sampler, args, n, labels, guidance):
-    """(Numbers, uint8 images) of every batch of samples 0 .. n - 1."""
-    for start in tqdm(range(0, n, args.batch), desc="sampling", unit="batch", disable=n <= args.batch):
+    """(Numbers, uint8 images) of every batch of samples 0 .. n - 1; under torchrun, of this process's share of the batches."""
+    rank, count = world()
+    for start in tqdm(range(0, n, args.batch)[rank::count], desc="sampling", unit="batch", disable=n <= args.batch or rank > 0):
         numbers = np.arange(start, min(start + args.batch, n))
         label = None if labels is None else torch.from_numpy(labels[numbers]).to(sampler.device)
         yield numbers, sampler.draw(args.seed, numbers, label, **guidance)
@@ -978,7 +986,7 @@ def main(argv=None):
 
     p = command(generate)
     guided(p)
-    p.add_argument("--n", type=positive, help="how many (8 per class, or 16)")
+    p.add_argument("--n", "--samples", type=positive, help="how many (8 per class, or 16); torchrun takes --n for itself, but not --samples")
     p.add_argument("--out", help="the grid (samples.png)")
     p.add_argument("--grid", type=positive, default=256, help="images in the grid at most (256)")
     p.add_argument("--npz", help="arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels")
