@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -1241,6 +1242,110 @@ def test_a_full_disk_loses_nothing():
         assert calls
         with open(path, "rb") as file:
             assert file.read() == before and not [f for f in os.listdir("run") if f.endswith(".tmp")]
+
+
+# ---------------------------------------------------------------- many processes, and nothing lost
+
+
+def shell(*arguments, **options):
+    """A command as a shell runs it: the process, with its output as text."""
+    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def log_of(out):
+    """A run's log without what depends on the clock."""
+    with open(os.path.join(out, "log.jsonl")) as file:
+        return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in file]
+
+
+ON_LATENTS = [a for i, a in enumerate(FAST) if not {a, FAST[i - 1]} & {"--data", "--out", "--image-size", "--dae-width", "--dae-mult",
+                                                                      "--dae-steps", "--dae-batch"}] + ["--data", "latents.npz"]
+
+
+def latents(count=24):
+    rng = np.random.default_rng(0)
+    np.savez("latents.npz", latents=3 + 5 * rng.standard_normal((count, 4, 8, 8)).astype(np.float32), labels=np.arange(count) % 3)
+
+
+def test_many_processes_train_and_sample_as_one():
+    with folder():
+        latents()
+        torch.save({"dae": dae.Autoencoder(dataclasses.replace(SMALL, attention=())).state_dict()}, "dae.pt")
+        train_py, sample_py = (os.path.join(HERE, name) for name in ("train.py", "sample.py"))
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+        options = [*ON_LATENTS, "--dae", "dae.pt", "--batch", "6", "--accumulate", "2", "--steps", "4"]
+        for out, prefix in (("one", []), ("two", launch)):
+            process = shell(*prefix, train_py, *options, "--out", out)
+            said = process.communicate()[0]
+            assert process.returncode == 0 and said.count("effective batch") == 1, said
+        one, two = log_of("one"), log_of("two")
+        assert len(one) == len(two) == 5
+        for a, b in zip(one, two):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert np.allclose(a[key], b[key], rtol=2e-5, atol=1e-4) if key != "stage" else a[key] == b[key], (key, a[key], b[key])
+        process = shell(*launch, train_py, *options, "--out", "one", "--steps", "5")         # resumed by another number
+        assert process.communicate() and process.returncode == 0 and log_of("one")[-2]["step"] == 5
+        process = shell(*launch, train_py, *options, "--out", "x", "--batch", "5")
+        assert "multiple of 2" in process.communicate()[0] and process.returncode
+        for out, prefix in (("one", []), ("two", launch)):
+            process = shell(*prefix, sample_py, "generate", "two/checkpoint.pt", "--samples", "11", "--batch", "2", "--precision", "fp32",
+                            "--npz", f"{out}.npz", "--out", f"{out}.png")
+            said = process.communicate()[0]
+            assert process.returncode == 0, said
+        with np.load("one.npz") as a, np.load("two.npz") as b:
+            assert np.array_equal(a["arr_0"], b["arr_0"]) and np.array_equal(a["arr_1"], b["arr_1"]) and len(a["arr_0"]) == 11
+        assert not [name for name in os.listdir(".") if name.endswith("tmp")]
+
+
+def test_signals_finish_the_step_and_save():
+    with folder():
+        latents()
+        options = [*ON_LATENTS, "--steps", "100000", "--save-every", "100000", "--eval-every", "100000", "--sample-every", "100000"]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process = shell(os.path.join(HERE, "train.py"), *options, "--out", "run", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            before = len(log_of("run")) if os.path.exists("run/log.jsonl") else 0
+            while process.poll() is None and (not os.path.exists("run/log.jsonl") or len(log_of("run")) < before + 3):
+                time.sleep(0.05)
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[0]
+            assert process.returncode == 0 and number.name in said and "goes on from there" in said, said
+            state = torch.load("run/checkpoint.pt", weights_only=True)
+            assert state["step"] == log_of("run")[-1]["step"] >= before
+
+
+def test_a_damaged_checkpoint_falls_back():
+    with folder():
+        latents()
+        options = [*ON_LATENTS, "--steps", "6"]
+        quiet(train.main, *options, "--out", "whole")
+        quiet(train.main, *options, "--out", "run", "--steps", "4")
+        assert {"checkpoint.pt", "checkpoint-0000002.pt"} <= set(os.listdir("run")) and "checkpoint-0000000.pt" not in os.listdir("run")
+        with open("run/checkpoint.pt", "r+b") as file:
+            file.truncate(5000)
+        with open("run/log.jsonl", "a") as file:
+            file.write('{"stage": "lvae", "st')
+        said = quiet(train.main, *options, "--out", "run")
+        assert "going on from the one saved before" in said and "at step 2" in said
+        a, b = (torch.load(f"{out}/checkpoint.pt", weights_only=True)["ema"] for out in ("whole", "run"))
+        assert all(torch.equal(a[k], b[k]) for k in a) and [e for e in log_of("run") if e["step"] > 2] == [e for e in log_of("whole") if e["step"] > 2]
+        assert {name for name in os.listdir("run") if name.endswith(".pt")} == {"checkpoint.pt", "checkpoint-0000004.pt"}
+        for name in ("checkpoint.pt", "checkpoint-0000004.pt"):
+            with open(f"run/{name}", "r+b") as file:
+                file.truncate(5000)
+        refused("no checkpoint here can be loaded", train.main, *options, "--out", "run")
+        quiet(train.main, *options, "--out", "three", "--keep", "2")
+        assert len([name for name in os.listdir("three") if name.startswith("checkpoint-")]) == 2
+
+
+def test_two_processes_on_one_folder_are_refused():
+    with folder():
+        latents()
+        lock = train.claim("run")
+        refused("another process", train.main, *ON_LATENTS, "--out", "run")
+        lock.close()
+        quiet(train.main, *ON_LATENTS, "--out", "run")
 
 
 # ---------------------------------------------------------------- the command lines
