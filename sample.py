@@ -26,6 +26,7 @@ import os
 import sys
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -73,6 +74,10 @@ class Sampler:
             raise UserError(f"--upsampler {upsampler}: " + (
                 f"it enlarges images of {self.upsampler.size // self.upsampler.config.upsample} pixels, {path} makes {self.size}"
                 if self.upsampler.config.upsample else "not an upsampler"))
+
+    @property
+    def space(self):
+        return "pixels" if isinstance(self.dae, daes.Identity) else "the autoencoder's latents"
 
     @property
     def can_guide(self):
@@ -213,8 +218,10 @@ def check_name(path, *kinds):
         raise UserError(f"{path}: expected a name that ends in {' or '.join(kinds)}")
 
 
-def save_grid(path, rows, **names):
-    picture = grid(rows, **names)
+def save_grid(path, rows, smallest=128, **names):
+    """Save a grid; images smaller than `smallest` pixels are enlarged by a whole factor, to be seen from afar."""
+    scale = max(1, -(-smallest // min(image.shape[0] for row in rows for image in row)))
+    picture = grid([[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
     kind = {".jpg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
     write(path, lambda f: picture.save(f, kind))
 
@@ -266,22 +273,30 @@ def find_images(sampler, path):
     if path is None and sampler.data is None:
         raise UserError("name a folder of images with --data ('toy' is the built-in scenes)")
     path = sampler.data if path is None else path
-    return toy_images(sampler.out_size) if path in ("toy", "") else open_images(path, sampler.out_size)
+    return open_set(path, sampler.out_size)
 
 
-def batches(images, batch, limit=None, what="images"):
+def open_set(path, size):
+    return toy_images(size) if path in ("toy", "") else open_images(path, size)
+
+
+def batches(images, batch, limit=None, what="images", quiet=False):
     """(Indices, uint8 images) of every batch of good images, or of `limit` of them, evenly spaced."""
     rows = np.unique(np.linspace(0, len(images.names) - 1, min(limit or len(images.names), len(images.names))).round().astype(int))
-    for start in tqdm(range(0, len(rows), batch), desc=what, unit="batch", disable=len(rows) <= batch):
+    for start in tqdm(range(0, len(rows), batch), desc=what, unit="batch", disable=quiet or len(rows) <= batch):
         good = [(i, image) for i in rows[start:start + batch] if (image := images.read(i)) is not None]
         if good:
             yield np.array([i for i, _ in good]), [image for _, image in good]
 
 
 def labels_of(sampler, images):
-    """The model's labels of a set of images (N,), or None for an unconditional model."""
+    """The model's labels of a set of images (N,), or None for an unconditional model. Without sub-folders, the folder's name is
+    the class of all."""
     if not sampler.config.num_classes:
         return None
+    folder = {os.path.basename(os.path.dirname(os.path.abspath(name))) for name in images.names}
+    if not images.classes and len(folder) == 1 and folder <= set(sampler.folders):
+        return np.full(len(images.names), sampler.folders.index(folder.pop()))
     if images.classes == sampler.folders or (not sampler.folders and len(images.classes) <= sampler.config.num_classes and images.classes):
         return images.labels
     if not images.classes or not set(images.classes) <= set(sampler.folders):
@@ -325,7 +340,7 @@ def generate(args):
                     array[at] = image
             if args.png_dir:
                 for number, image in zip(numbers, images):
-                    save_grid(os.path.join(args.png_dir, f"{number:06d}.png"), [[image]], gap=0)
+                    save_grid(os.path.join(args.png_dir, f"{number:06d}.png"), [[image]], smallest=1, gap=0)
         barrier()
         if rank:
             return
@@ -394,7 +409,8 @@ def reconstruct(args):
         drawn = sampler.noise(args.seed, numbers)
         for row, k in zip(rows[3:], args.groups):
             row.extend(sampler.images(noise[:k] + drawn[k:], some, low_res=low_res))
-    save_grid(args.out, rows, row_names=names)
+    shown = [i for i in range(len(rows)) if i != 1 or not isinstance(sampler.dae, daes.Identity)]
+    save_grid(args.out, [rows[i] for i in shown], row_names=[names[i] for i in shown])
     print(f"{args.out}: {len(originals)} images, PSNR of the reconstructions {psnr(originals, rows[2]):.2f} dB")
 
 
@@ -465,7 +481,8 @@ def manifold(args):
         images.append([image for i in range(0, args.steps, args.batch)
                        for image in sampler.images([eps[i:i + args.batch] for eps in noise], label)])
     marks = [f"{v:.2f}" for v in values]
-    save_grid(args.out, images, row_names=marks, column_names=marks)
+    save_grid(args.out, images, row_names=marks, column_names=marks,
+              title=f"across: group 1, channel {across};  down: group 2, channel {down}")
     print(f"{args.out}: group 1, channel {across} across ({share[0]:.0%} of the group's KL); group 2, channel {down} down "
           f"({share[1]:.0%}); KL over {source}" + (f"; class {sampler.name(label)}" if label is not None else ""))
 
@@ -543,7 +560,8 @@ def rates(args):
               f"{2 * target[mine].sum():5.1f}   {active[mine].sum():2} of {config.z_dim * mine.sum()}")
     bits = lambda nats: lvae.bits_per_dim(nats, config)
     print(f"rate {rate:.2f} + distortion {distortion:.2f} = negative ELBO {rate + distortion:.2f} nats per image, "
-          f"{bits(rate + distortion):.4f} bits/dim ({bits(rate):.4f} + {bits(distortion):.4f}); {count} images\n"
+          f"{bits(rate + distortion):.4f} bits per dimension of {sampler.space} ({bits(rate):.4f} + {bits(distortion):.4f}); "
+          f"{count} images\n"
           f"target: where the schedule's weight is 1; active: mean KL above {args.active} nats")
 
     def draw(axes):
@@ -552,8 +570,12 @@ def rates(args):
             axes.bar(groups[side == level], share[side == level], label=f"{level}×{level}: {group_kl[side == level].sum():.0f} nats")
         axes.fill_between(np.repeat(groups, 2) + np.tile([-0.5, 0.5], len(kl)), np.repeat(target, 2), np.repeat(2 * target, 2),
                           color="black", alpha=0.15, label="target (weight 1)", linewidth=0)
-        axes.set(xlabel="latent group, top-down", ylabel="share of the rate (%)",
-                 title=f"rate {rate:.0f} nats, distortion {distortion:.0f} nats: {bits(rate + distortion):.3f} bits/dim")
+        for g in groups:
+            axes.annotate(str(active[g - 1]), (g, share[g - 1]), ha="center", va="bottom")
+        axes.set(xlabel=f"latent group, top-down (above the bars: active channels, of {config.z_dim})", ylabel="share of the rate (%)",
+                 title=f"rate {rate:.0f} nats, distortion {distortion:.0f} nats: {bits(rate + distortion):.3f} bits per dimension of "
+                       f"{sampler.space}", xlim=(0.4, len(kl) + 0.6))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     save_plot(args.out, draw)
 
@@ -581,7 +603,7 @@ class Network:
                     hashlib.sha256(file.read()).hexdigest()
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(f"{path}: not a TorchScript network ({str(e).splitlines()[0][:120]})") from None
-        self.device, self.resize, self.kind = device, resize, torch.uint8
+        self.path, self.device, self.resize, self.kind = path, device, resize, torch.float32 if resize else torch.uint8
 
     @torch.no_grad()
     def __call__(self, images, probabilities=False):
@@ -590,21 +612,31 @@ class Network:
         if self.resize:
             x = resize_as_tensorflow(x.float(), self.resize)
         try:
-            out = self.net(x.to(self.kind), return_features=True) if self.both else self.net(x.to(self.kind))
-        except RuntimeError:                                   # a network that wants floats, 0..255
-            if self.kind == torch.float32:
-                raise
-            self.kind = torch.float32
-            return self(images, probabilities)
-        logits = out[1] if isinstance(out, (tuple, list)) else None
-        features = out[0] if isinstance(out, (tuple, list)) else out
-        if self.both and probabilities:
-            logits = self.net(x.to(self.kind), no_output_bias=True)
-        if logits is not None:
+            out = self.apply(x, return_features=True) if self.both else self.apply(x)
+            logits = self.apply(x, no_output_bias=True) if self.both and probabilities else None
+        except RuntimeError as e:
+            raise UserError(f"{self.path}: cannot be applied to {x.shape[2]}x{x.shape[3]} images; --resize gives others "
+                            f"({str(e).strip().splitlines()[-1][:120]})") from None
+        if isinstance(out, (tuple, list)) and len(out):
+            out, logits = out[0], out[1] if len(out) > 1 else None
+        if not torch.is_tensor(out) or len(out) != len(x) or not out.isfinite().all():
+            raise UserError(f"{self.path}: gives no finite features (B, D), or a tuple that begins with them")
+        if logits is not None and probabilities:
             p = logits.float()
             certain = bool((p >= 0).all()) and bool(((p.sum(1) - 1).abs() < 1e-3).all())
             logits = (p if certain else p.softmax(1)).cpu().numpy()
-        return features.flatten(1).float().cpu().numpy(), logits if probabilities else None
+        return out.flatten(1).float().cpu().numpy(), logits if probabilities else None
+
+    def apply(self, x, **options):
+        """Call the network with the type of images that it takes: uint8, or floats in 0..255."""
+        kinds = {torch.uint8: x.round().to(torch.uint8), torch.float32: x.float()}
+        try:
+            return self.net(kinds[self.kind], **options)
+        except RuntimeError:
+            other = torch.float32 if self.kind == torch.uint8 else torch.uint8
+            out = self.net(kinds[other], **options)
+            self.kind = other
+            return out
 
 
 def resize_as_tensorflow(x, size):
@@ -650,16 +682,17 @@ def squared_distances(a, b):
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
 
 
-def precision_recall(reference, samples, k=3):
+def precision_recall(reference, samples, k=3, device="cpu"):
     """Share of samples within the k-nearest-neighbour balls of the reference, and the reverse (Kynkäänniemi et al., 2019).
-    Features (N, D) and (M, D)."""
-    a, b = (torch.from_numpy(f).double() for f in (reference, samples))
-    if min(len(a), len(b)) <= k:
-        raise UserError(f"precision and recall need more than {k} images on both sides")
+    Features (N, D) and (M, D), more than k of each."""
+    a, b = (torch.from_numpy(f).to(device).double() for f in (reference, samples))
     # The (k+1)-th smallest distance, for the smallest is that to the point itself.
     radius = [torch.cat([squared_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(1000)]) for x in (a, b)]
     within = lambda points, centres, r: torch.cat([(squared_distances(p, centres) <= r).any(1) for p in points.split(1000)])
     return float(within(b, a, radius[0]).double().mean()), float(within(a, b, radius[1]).double().mean())
+
+
+BROKEN = OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error   # what a damaged .npz provokes
 
 
 def npz_images(path):
@@ -676,16 +709,21 @@ def npz_images(path):
         raise UserError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
 
     def read(batch):
-        with member() as file:
-            header(file)
-            for start in range(0, shape[0], batch):
-                n = min(batch, shape[0] - start)
-                yield np.frombuffer(file.read(n * int(np.prod(shape[1:]))), np.uint8).reshape(n, *shape[1:])
+        try:
+            with member() as file:
+                header(file)
+                for start in range(0, shape[0], batch):
+                    n = min(batch, shape[0] - start)
+                    yield np.frombuffer(file.read(n * int(np.prod(shape[1:]))), np.uint8).reshape(n, *shape[1:])
+        except BROKEN as e:
+            raise UserError(f"{path}: arr_0 is damaged ({e})") from None
     return shape, read
 
 
 def side_of(path):
     """The side of a set of images, in pixels: of arr_0 of an .npz (None without), or of a folder's first image (its short one)."""
+    if path == "toy":
+        return 64
     if path.endswith(".npz"):
         with zipfile.ZipFile(path) as file:
             return npz_images(path)[0][1] if "arr_0.npy" in file.namelist() else None
@@ -723,8 +761,11 @@ def statistics(path, network, args, size=None):
                 given = {k: file[k] for k in ("mu", "sigma", "features", "probabilities") if k in file.files}
             if "arr_0" in arrays:
                 shape, read = npz_images(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        except BROKEN as e:
             raise UserError(f"{path}: cannot be read as .npz ({str(e).splitlines()[0]})") from None
+        mu, sigma = given.get("mu", np.zeros(1)), given.get("sigma", np.zeros((1, 1)))
+        if sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+            raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean (D,) and covariance (D, D)")
         if "arr_0" not in arrays:
             if not {"mu", "sigma"} <= given.keys():
                 raise UserError(f"{path}: expected arr_0 (images) or mu and sigma, found {', '.join(arrays) or 'nothing'}")
@@ -733,15 +774,14 @@ def statistics(path, network, args, size=None):
         fingerprint, parts, total = (path, state.st_size, state.st_mtime_ns), read(args.batch), -(-shape[0] // args.batch)
     else:
         size = args.image_size or size or side_of(path)
-        images = open_images(path, size)
+        images = open_set(path, size)
         fingerprint, total = (images.fingerprint, size), -(-len(images.names) // args.batch)
-        parts = (some for _, some in batches(images, args.batch))
+        parts = (some for _, some in batches(images, args.batch, quiet=True))
     key = hashlib.sha256(repr((network.digest, network.resize, fingerprint)).encode()).hexdigest()[:24]
-    cached = os.path.join(args.cache, f"{key}.npz")
-    if os.path.exists(cached):
-        with np.load(cached, allow_pickle=False) as file:
-            found = {k: file[k] for k in file.files}
-    else:
+    cached, found = os.path.join(args.cache, f"{key}.npz"), None
+    with contextlib.suppress(*BROKEN), np.load(cached, allow_pickle=False) as file:
+        found = {k: file[k] for k in file.files}
+    if found is None:
         found = measured(parts, network, total)
         if "probabilities" in found and not path.endswith(".npz"):            # of a folder, which is sorted: shuffled for the splits
             found["probabilities"] = np.random.default_rng(0).permutation(found["probabilities"])
@@ -768,10 +808,13 @@ def evaluate(args):
     else:
         args.checkpoint = args.source
         sampler = make_sampler(args)
-        paper = sampler.papers_guidance and args.mean_guidance is None and args.variance_guidance is None
+        paper = sampler.papers_guidance and args.mean_guidance is None and args.variance_guidance is None and args.label != ["none"]
         default = [guidance_levels(sampler.config, 1.5), [3.0]] if paper else [[0.0], [0.0]]
         settings = list(itertools.product(args.mean_guidance or default[:1], args.variance_guidance or default[1:],
                                           args.temperature or [[1.0]]))
+        wanted_classes(sampler, args)
+        for setting in settings:                               # mistakes now, not after hours
+            check_setting(sampler, args, setting)
         if args.export and len(settings) > 1:
             raise UserError(f"--export writes the statistics of one setting, and {len(settings)} are asked for")
     made = None if sampler else statistics(args.source, network, args)        # of images made already
@@ -787,8 +830,10 @@ def evaluate(args):
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
         if "probabilities" in found:
             row["IS"] = inception_score(found["probabilities"])
-        if reference is not None and "features" in reference and "features" in found:
-            row["precision"], row["recall"] = precision_recall(reference["features"], found["features"])
+        both = [side["features"] for side in (reference or {}, found) if "features" in side]
+        if len(both) == 2 and min(map(len, both)) > 3:
+            device = network.device if network.device.type == "cuda" else "cpu"                # float64
+            row["precision"], row["recall"] = precision_recall(*both, device=device)
         if not table:
             print("  ".join(f"{name:>12}" for name in row))
         print("  ".join(f"{value:>12.4f}" if isinstance(value, float) else f"{value:>12}" for value in row.values()), flush=True)
@@ -796,16 +841,21 @@ def evaluate(args):
         if args.export:
             write(args.export, lambda f: np.savez(f, **found))
             print(f"{args.export}: the statistics of {args.source}")
-    if reference is not None and "features" not in reference:
-        print(f"no precision and recall: {args.reference} holds neither images nor features")
+    if reference is not None and "precision" not in row:
+        print("no precision and recall: they need features of more than 3 images on both sides")
     if len(table) > 1 and reference is not None:
         plot_sweep(args.out, table)
 
 
+def check_setting(sampler, args, setting):
+    """One setting of guidance and temperature -> keyword arguments of `generate`."""
+    return check_guidance(sampler, argparse.Namespace(
+        mean_guidance=setting[0], variance_guidance=setting[1], temperature=setting[2][0], label=args.label))
+
+
 def sampled(sampler, network, args, setting):
     """What is known of a checkpoint's samples under one setting of guidance and temperature."""
-    choice = argparse.Namespace(mean_guidance=setting[0], variance_guidance=setting[1], temperature=setting[2][0], label=args.label)
-    guidance = check_guidance(sampler, choice)
+    guidance = check_setting(sampler, args, setting)
     classes = wanted_classes(sampler, args)
     n = args.n or 10_000
     # Classes are shuffled: the Inception Score is taken over consecutive parts.
@@ -827,7 +877,7 @@ def plot_sweep(path, table):
             mine = [row for row in table if tuple(row[name] for name in others) == rest]
             axes.plot([place(row[along]) for row in mine], [row["FID"] for row in mine], "o-",
                       label=", ".join(f"{titles[name]} {value}" for name, value in zip(others, rest)))
-        axes.set(xlabel=titles[along], ylabel="FID", title="sample quality against guidance")
+        axes.set(xlabel=titles[along], ylabel="FID", title=f"FID against {titles[along]}")
         axes.legend()
     save_plot(path, draw)
 
@@ -856,7 +906,7 @@ def neighbors(args):
     save_grid(args.out, rows, column_names=["sample", *(f"{i + 1}." for i in range(best[1].shape[1]))],
               row_names=None if labels is None else [sampler.name(c)[:20] for c in labels])
     print(f"{args.out}: {args.n} samples and their {best[1].shape[1]} nearest of {len(images.names)} images, in "
-          + (f"the features of {args.features}" if network else "the autoencoder's latents"))
+          + (f"the features of {args.features}" if network else encoder.space))
     for number, (distances, row) in enumerate(zip(best[0].sqrt(), best[1])):
         print(f"  {number}: " + ", ".join(f"{images.names[i]} ({d:.2f})" for d, i in zip(distances, row)))
 
@@ -975,7 +1025,7 @@ def main(argv=None):
 
     def guided(p):
         p.add_argument("--label", type=names, help="classes by name, unique beginning or number, separated by commas; none")
-        p.add_argument("--temperature", type=float, default=1.0, help="multiplies the std of every prior (1)")
+        p.add_argument("--temperature", type=amount, default=1.0, help="multiplies the std of every prior (1)")
         p.add_argument("--mean-guidance", type=numbers, help="w_mu: one number, or one per level, coarsest first (0; the paper's for ImageNet)")
         p.add_argument("--variance-guidance", type=numbers, help="w_sigma: likewise")
         p.add_argument("--upsampler", help="checkpoint of an upsampler, to enlarge the samples (Table 1)")
@@ -1006,7 +1056,7 @@ def main(argv=None):
 
     p = command(manifold, out="manifold.png")
     p.add_argument("--steps", type=positive, default=7, help="images per axis (7)")
-    p.add_argument("--range", type=float, default=2.25, help="the axes go from -range to range (2.25)")
+    p.add_argument("--range", type=amount, default=2.25, help="the axes go from -range to range (2.25)")
     p.add_argument("--label", help="the class (0)")
     p.add_argument("--number", type=whole, default=0, help="which sample of the seed the fixed noise is (0)")
     p.add_argument("--data", help="find the channels on this folder's images ('toy': the built-in scenes) rather than on samples")
@@ -1023,7 +1073,7 @@ def main(argv=None):
     p = command(rates, out="rates.png")
     p.add_argument("--data", help=data)
     p.add_argument("--n", type=positive, default=1000, help="images, evenly spaced (1000)")
-    p.add_argument("--active", type=float, default=0.01, help="nats of mean KL above which a channel is active (0.01)")
+    p.add_argument("--active", type=amount, default=0.01, help="nats of mean KL above which a channel is active (0.01)")
 
     p = command(evaluate, "source", "checkpoint, .npz with arr_0, or folder of images", out="evaluation.png")
     featured(p)
@@ -1047,7 +1097,7 @@ def main(argv=None):
 
     p = command(bench, "source", f"checkpoint, or a preset with random weights: {', '.join(lvae.PRESETS)}")
     p.add_argument("--guided", action=argparse.BooleanOptionalAction, help="with guidance (if the model can)")
-    p.add_argument("--seconds", type=float, default=5.0, help="to time each stage for (5)")
+    p.add_argument("--seconds", type=amount, default=5.0, help="to time each stage for (5)")
 
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     args.function(args)
@@ -1070,10 +1120,18 @@ def counts(text):
 
 
 def numbers(text):
-    try:
-        return [float(v) for v in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, not {text!r}") from None
+    with contextlib.suppress(ValueError):
+        values = [float(v) for v in text.split(",")]
+        if np.isfinite(values).all():
+            return values
+    raise argparse.ArgumentTypeError(f"expected numbers separated by commas, not {text!r}")
+
+
+def amount(text):
+    values = numbers(text)
+    if len(values) > 1 or values[0] < 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, not {text!r}")
+    return values[0]
 
 
 def settings(text):

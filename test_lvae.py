@@ -819,10 +819,11 @@ def test_noise_may_be_a_function_and_labels_a_mixture():
 
 def cells(path, rows, columns, size, gap=2):
     """The images of a grid picture, its names left aside."""
-    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    step = size + gap
+    picture, scale = np.asarray(Image.open(path).convert("RGB")).astype(int), -(-128 // size)
+    step = size * scale + gap
     picture = picture[-rows * step:, -columns * step:]         # the names are above and to the left
-    return [[picture[r * step:r * step + size, c * step:c * step + size] for c in range(columns)] for r in range(rows)]
+    return [[picture[r * step:r * step + size * scale:scale, c * step:c * step + size * scale:scale] for c in range(columns)]
+            for r in range(rows)]
 
 
 def test_figures():
@@ -848,7 +849,7 @@ def test_figures():
                 assert f"{size[0]}x{size[1]} pixels" in said and "dB to the reconstruction" in said
             said = quiet(sample.main, "rates", path, "--data", "photos")
             shares = [float(line.split()[3]) for line in said.splitlines() if line.endswith("of 16") and line.split()[0].isdigit()]
-            assert len(shares) == 5 and abs(sum(shares) - 100) < 0.3 and "bits/dim" in said and "20 images" in said
+            assert len(shares) == 5 and abs(sum(shares) - 100) < 0.3 and "bits per dimension of the autoencoder's latents" in said and "20 images" in said
             said = quiet(sample.main, "neighbors", path, "--data", "photos", "--n", "2", "--neighbors", "3")
             assert said.count(".png (") == 6 and os.path.exists("neighbors.png")
         refused("2 or more", sample.main, "interpolate", path, a, b, "--steps", "1")
@@ -925,6 +926,11 @@ class Inception(torch.nn.Module):
         return torch.softmax(F.linear(x, self.out.weight) if no_output_bias else self.out(x), 1)
 
 
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        return x.float().mean([2, 3]) * float("nan")
+
+
 def test_evaluation():
     with folder(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -933,7 +939,15 @@ def test_evaluation():
         network = Inception()
         torch.jit.script(network).save("inception.pt")
         torch.jit.trace(torch.nn.Sequential(torch.nn.Conv2d(3, 6, 4, 4), torch.nn.Flatten()), torch.zeros(2, 3, 16, 16)).save("plain.pt")
+        torch.jit.script(Fixed()).save("fixed.pt")
+        torch.jit.script(Broken()).save("nan.pt")
+        np.savez("nan.npz", mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
+        np.save("array.npy", np.zeros(3)), os.replace("array.npy", "array.npz")
         quiet(sample.main, "generate", path, "--n", "30", "--npz", "samples.npz")
+        with open("samples.npz", "rb") as whole, open("damaged.npz", "wb") as damaged:
+            content = bytearray(whole.read())
+            content[5000] ^= 255
+            damaged.write(content)
         with np.load("samples.npz") as file:
             images = file["arr_0"]
         photographs = np.stack([train.read_image(os.path.join("photos", c, name), 16) for c in ("left", "right")
@@ -972,8 +986,56 @@ def test_evaluation():
                  "--features", "samples.npz"), ("--export", "samples.npz", "--features", "inception.pt"), ("no such folder", "samples.npz", "--features",
                  "inception.pt", "--reference", "nowhere"), ("one setting", path, "--features", "inception.pt", "--export", "x.npz",
                  "--mean-guidance", "0,1"), ("for checkpoints", "samples.npz", "--features", "inception.pt", "--reference", "photos", "--n", "3"),
-                ("features", "samples.npz", "--features", "plain.pt", "--reference", "exported.npz")):
+                ("features", "samples.npz", "--features", "plain.pt", "--reference", "exported.npz"),
+                ("--resize", "samples.npz", "--features", "fixed.pt", "--reference", "photos"),
+                ("no finite features", "samples.npz", "--features", "nan.pt", "--reference", "photos"),
+                ("cannot be read as .npz", "array.npz", "--features", "inception.pt", "--reference", "photos"),
+                ("no finite mean", "samples.npz", "--features", "inception.pt", "--reference", "nan.npz"),
+                ("damaged", "damaged.npz", "--features", "inception.pt", "--reference", "photos"),
+                ("per level", path, "--features", "inception.pt", "--reference", "nowhere", "--mean-guidance", "0,1:2")):
             refused(message, sample.main, "evaluate", *arguments)
+        assert "IS" in table("evaluate", "samples.npz", "--features", "fixed.pt", "--reference", "photos", "--resize", "8")[0]
+        few, = table("evaluate", path, "--features", "inception.pt", "--reference", "photos", "--n", "3")
+        assert "FID" in few and "precision" not in few
+        for name in os.listdir(os.path.join("runs", "features")):               # a damaged cache is made anew
+            with open(os.path.join("runs", "features", name), "w") as file:
+                file.write("x")
+        assert table(*asked, "--reference", "photos") == [row]
+        assert "FID" in table("evaluate", path, "--features", "inception.pt", "--reference", "toy", "--n", "4", "--batch", "512")[0]
+
+
+def test_networks_of_every_interface():
+    """uint8 or floats, alone or with logits; resized images stay floats."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 9, 7, 3), np.uint8)
+    resized = sample.resize_as_tensorflow(torch.from_numpy(images).permute(0, 3, 1, 2).float(), 12)
+    with folder(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, network in (("any.pt", Mean()), ("float.pt", torch.nn.AvgPool2d(3)), ("pair.pt", Pair())):
+            (torch.jit.trace(network, torch.zeros(2, 3, 9, 7)) if name == "float.pt" else torch.jit.script(network)).save(name)
+            for resize in (None, 12):
+                x = resized if resize else torch.from_numpy(images).permute(0, 3, 1, 2).float()
+                features, probabilities = sample.Network(name, torch.device("cpu"), resize)(images, True)
+                expected = network(x)
+                if name == "pair.pt":
+                    close(torch.from_numpy(probabilities), expected[1].softmax(1))
+                    expected = expected[0]
+                close(torch.from_numpy(features), expected.flatten(1), 1e-6)
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return x.float().mean([2, 3], keepdim=True)
+
+
+class Pair(torch.nn.Module):
+    def forward(self, x):
+        return x.float().mean([2, 3]), x.float().std([2, 3])
+
+
+class Fixed(torch.nn.Module):
+    def forward(self, x):
+        x = x.float().reshape(x.shape[0], 3, 8, 8)
+        return x.mean([2, 3]), x.std([2, 3])
 
 
 def test_upsampling_stack():

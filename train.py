@@ -370,26 +370,30 @@ def to_uint8(x):
 # ---------------------------------------------------------------- pictures and files
 
 
-def grid(rows, gap=2, row_names=None, column_names=None):
+def grid(rows, gap=2, row_names=None, column_names=None, title=None):
     """Rows of uint8 images (H, W, 3), possibly of unequal length or size -> one Pillow image, with names before the rows and
-    above the columns. The columns are as wide as their widest image, the rows as high as their highest."""
+    above the columns, and a title. The columns are as wide as their widest image, the rows as high as their highest."""
     widths = [max(row[c].shape[1] for row in rows if c < len(row)) for c in range(max(map(len, rows)))]
     heights = [max(image.shape[0] for image in row) for row in rows]
     font = ImageFont.load_default(max(10, min(32, min(widths + heights) // 7)))
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
     left = 8 + max(int(measure.textlength(name, font)) for name in row_names) if row_names else 0
-    top = 4 + int(font.size * 1.3) if column_names else 0
+    line = 4 + int(font.size * 1.3)
+    top = line * (bool(column_names) + bool(title))
     if column_names:                                           # a column is at least as wide as its name
         widths = [max(w, 4 + int(measure.textlength(name, font))) for w, name in zip(widths, column_names)]
-    sheet = Image.new("RGB", (left + sum(widths) + gap * (len(widths) + 1), top + sum(heights) + gap * (len(heights) + 1)), "white")
+    width = left + max(sum(widths) + gap * (len(widths) + 1), 8 + int(measure.textlength(title, font)) if title else 0)
+    sheet = Image.new("RGB", (width, top + sum(heights) + gap * (len(heights) + 1)), "white")
     draw, y = ImageDraw.Draw(sheet), top + gap
+    if title:
+        draw.text((left + gap, line // 2), title, fill="black", font=font, anchor="lm")
     for r, row in enumerate(rows):
         x = left + gap
         if row_names:
             draw.text((4, y + heights[r] // 2), row_names[r], fill="black", font=font, anchor="lm")
         for c, image in enumerate(row):
             if column_names and r == 0:
-                draw.text((x + widths[c] // 2, top // 2), column_names[c], fill="black", font=font, anchor="mm")
+                draw.text((x + widths[c] // 2, top - line // 2), column_names[c], fill="black", font=font, anchor="mm")
             sheet.paste(Image.fromarray(image), (x + (widths[c] - image.shape[1]) // 2, y + (heights[r] - image.shape[0]) // 2))
             x += widths[c] + gap
         y += heights[r] + gap
