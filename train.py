@@ -1009,8 +1009,11 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
             raise UserError(f"100 steps in a row skipped (gradient norm {norm:.3g}): training has diverged. Lower --lr, or raise "
                             f"--skip-threshold; {path} holds the last good state")
         bar.update()
-        last, stop = step == config.steps, torch.tensor(float(bool(run.asked)))
-        average([stop])                                        # all processes stop after the same step
+        last, stop = step == config.steps, bool(run.asked)
+        if count > 1:                                          # all processes stop after the same step
+            flag = torch.tensor(float(stop), device=device)
+            average([flag])
+            stop = bool(flag)
         if step % run.log_every == 0 or last:
             average(losses)
         if rank == 0 and (step % run.log_every == 0 or last):
