@@ -38,7 +38,7 @@ from tqdm import tqdm
 import dae as daes
 import lvae
 from train import (Parser, UserError, autocast, barrier, cli, grid, guidance_levels, join, load_checkpoint, open_images,
-                   pick_device, pick_dtype, read_image, reserve, to_tensor, to_uint8, toy_images, world, write)
+                   pick_device, pick_dtype, place, read_image, reserve, to_tensor, to_uint8, toy_images, world, write)
 
 # ---------------------------------------------------------------- the model
 
@@ -65,8 +65,8 @@ class Sampler:
         if self.dae.config.z_channels != self.config.data_channels:
             raise UserError(f"the autoencoder's latents have {self.dae.config.z_channels} channels, the model's "
                             f"{self.config.data_channels}")
-        self.model.to(self.device, memory_format=torch.channels_last).requires_grad_(False)
-        self.dae.to(self.device, memory_format=torch.channels_last)
+        place(self.model, self.device).requires_grad_(False)
+        place(self.dae, self.device)
         self.size = self.config.resolution * self.dae.config.f                # side of the model's images, in pixels
         self.sides = lvae.resolutions(self.config)[::-1]                      # of the levels, coarsest first
         self.upsampler = Sampler(upsampler, device, precision) if upsampler else None

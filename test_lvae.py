@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -1172,7 +1173,7 @@ def test_a_run_that_skips_for_ever_stops():
     with folder():
         photos("photos")
         real = train.train_step
-        train.train_step = lambda *arguments: (None, float("nan"), True)
+        train.train_step = lambda *arguments: (None, torch.tensor(float("nan")), torch.tensor(True))
         try:
             refused("100 steps in a row", train.main, *FAST, "--steps", "200", "--log-every", "1000", "--eval-every", "1000",
                     "--save-every", "1000", "--sample-every", "1000")
@@ -1205,7 +1206,7 @@ def test_ema_is_warmed_up():
     model, ema = lvae.LVAE(config), lvae.LVAE(config)
     start, target = ema.initial.clone(), torch.ones_like(model.initial)
     model.initial.data.copy_(target)
-    train.update_ema(ema, model, 0.75)
+    train.update_ema(ema, model, 0.25)
     close(ema.initial, 0.75 * start + 0.25 * target)
     optimizer = torch.optim.Adam(model.parameters(), 0.0, betas=(0.9, 0.9))
     ema.initial.data.zero_()
@@ -1408,6 +1409,56 @@ def test_two_processes_on_one_folder_are_refused():
         refused("another process", train.main, *ON_LATENTS, "--out", "run")
         lock.close()
         quiet(train.main, *ON_LATENTS, "--out", "run")
+
+
+XLA = """
+import sys, torch_xla, torch_xla.debug.metrics as metrics, train
+real, compiled = torch_xla.sync, []
+def sync(*arguments, **options):
+    real(*arguments, **options)
+    compiled.append(metrics.metric_data("CompileTime")[0])
+torch_xla.sync = sync
+train.main(sys.argv[1:], launched=True)
+print("programs compiled by step", compiled)
+assert compiled[-1] == compiled[1], "compiled anew after the second step"
+"""
+
+
+def test_xla():
+    """On torch_xla's CPU backend: the loss of a CPU, two programs, resuming across devices, and sampling."""
+    if importlib.util.find_spec("torch_xla") is None:
+        print("        torch_xla is not installed: nothing tested on it")
+        return
+    with folder():
+        latents()
+        torch.save({"dae": dae.Autoencoder(dataclasses.replace(SMALL, attention=())).state_dict()}, "dae.pt")
+        options = [*ON_LATENTS, "--dae", "dae.pt", "--eval-every", "100", "--sample-every", "100"]
+        with open("count.py", "w") as file:
+            file.write(XLA)
+
+        def run(*arguments):
+            process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
+                                     env={**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": HERE})
+            assert process.returncode == 0, process.stdout + process.stderr
+            return process.stdout
+        script = os.path.join(HERE, "train.py")
+        assert "by step" in run("count.py", *options, "--out", "xla", "--device", "xla", "--steps", "12", "--log-every", "4", "--save-every", "12")
+        run(script, *options, "--out", "cpu", "--device", "cpu", "--steps", "12", "--log-every", "4", "--save-every", "12")
+        run(script, *options, "--out", "cpu", "--device", "xla", "--steps", "14")            # launched, resuming a CPU's checkpoint
+        run(script, *options, "--out", "xla", "--device", "cpu", "--steps", "14")
+        assert "resuming" not in run(script, *options, "--out", "whole", "--device", "cpu", "--steps", "14", "--log-every", "4")
+        last = {}
+        for out in ("xla", "cpu", "whole"):
+            entries = [e for e in log_of(out) if "loss" in e]
+            last[out] = {e["step"]: e["loss"] for e in entries}
+        for out in ("xla", "cpu"):
+            for step in (4, 8, 12, 14):
+                assert abs(last[out][step] - last["whole"][step]) < 1e-5 * last["whole"][step], (out, step, last)
+        for device in ("xla", "cpu"):
+            run(os.path.join(HERE, "sample.py"), "generate", "xla/checkpoint.pt", "--device", device, "--precision", "fp32", "--n", "4",
+                "--npz", f"{device}.npz")
+        with np.load("xla.npz") as a, np.load("cpu.npz") as b:
+            assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
 
 
 # ---------------------------------------------------------------- the command lines

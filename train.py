@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -470,7 +471,8 @@ def signals():
         if asked:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    main = threading.current_thread() is threading.main_thread()            # no other may set handlers
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT) if main}
     try:
         yield asked
     finally:
@@ -559,11 +561,21 @@ def released_checkpoint(state, path):
 # ---------------------------------------------------------------- devices
 
 
+def import_xla():
+    try:
+        import torch_xla
+        return torch_xla
+    except ImportError as e:
+        raise UserError(f"--device xla needs the torch_xla package and the torch that it was built for ({e})") from None
+
+
 def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:          # under torchrun: a GPU for each process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "xla":
+        return import_xla().device()
     try:
         torch.empty(1, device=name)
         return torch.device(name)
@@ -574,7 +586,8 @@ def pick_device(name):
 def pick_dtype(device, precision):
     """bf16 where the device has the units for it, else fp32; --precision overrules."""
     if precision == "auto":
-        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or
+        fast = (device.type == "xla" and os.environ.get("PJRT_DEVICE") == "TPU" or
+                device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) or
                 device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))
         precision = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
@@ -590,6 +603,9 @@ def join(device):
 
 def world():
     """(Rank of this process, number of processes)."""
+    if "torch_xla" in sys.modules:                             # imported for --device xla only
+        import torch_xla.runtime as xr
+        return xr.global_ordinal(), xr.world_size()
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -600,7 +616,10 @@ def say(text):
 
 
 def barrier():
-    if world()[1] > 1:
+    if world()[1] > 1 and "torch_xla" in sys.modules:
+        import torch_xla.core.xla_model as xm
+        xm.rendezvous("barrier")
+    elif world()[1] > 1:
         dist.barrier()
 
 
@@ -608,9 +627,25 @@ def average(tensors):
     """Replace tensors by their mean over all processes, in place: one message for all."""
     if world()[1] > 1:
         flat = torch.cat([t.flatten().float() for t in tensors])
-        dist.all_reduce(flat)
+        if flat.device.type == "xla":
+            import torch_xla.core.xla_model as xm
+            xm.all_reduce(xm.REDUCE_SUM, [flat])
+        else:
+            dist.all_reduce(flat)
         for t, mean in zip(tensors, (flat / world()[1]).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
+
+
+def place(module, device):
+    """Move a module to the device, channels-last where there is such a thing."""
+    return module.to(device) if device.type == "xla" else module.to(device, memory_format=torch.channels_last)
+
+
+def on_host(state):
+    """A checkpoint's dict with all tensors on the CPU."""
+    if isinstance(state, dict):
+        return {k: on_host(v) for k, v in state.items()}
+    return [on_host(v) for v in state] if isinstance(state, list) else state.cpu() if torch.is_tensor(state) else state
 
 
 def autocast(device, dtype):
@@ -654,10 +689,10 @@ def train_dae(images, indices, config, run, device, dtype):
         compare_configs(state.get("dae_config", {}), asdict(config), path)
         compare_configs(state.get("run", {}), {k: v for k, v in run.origin.items() if k != "dae_options"}, path)
         ae.load_state_dict(state["dae"])
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        restore(optimizer, state["optimizer"])
         if adversarial:
             discriminator.load_state_dict(state["discriminator"])
-            d_optimizer.load_state_dict(copy.deepcopy(state["d_optimizer"]))
+            restore(d_optimizer, state["d_optimizer"])
         step = state["step"]
         saved = step if newest else None
         del state                                              # and with it the mapped file
@@ -740,7 +775,7 @@ def encode_images(ae, images, run, name, device, dtype):
     They are kept in OUT/latents_NAME.npy; an interrupted encoding goes on where it stopped, and another autoencoder, size
     or listing of files starts anew. Latents are float16 (to 1 part in 2000), pixels uint8.
     """
-    ae = ae.to(memory_format=torch.channels_last)              # faster, but for training, where group norm is slower so
+    ae = place(ae, device)                                     # channels-last: faster, but for training, where group norm is slower so
     digest = hashlib.sha256()
     for key, value in ae.state_dict().items():
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
@@ -859,13 +894,14 @@ def measure(latents, config):
 
 
 def train_step(model, ema, optimizer, batches, step, device, dtype):
-    """One update (Section 3): accumulate, skip if the gradient is out of bounds, Adam, EMA. Returns named statistics.
+    """One update (Section 3): accumulate, skip if the gradient is out of bounds, Adam, EMA. Returns named statistics, the norm of
+    the gradient and whether the step was skipped, all on the device.
 
     batches: config.accumulate pairs (x, label), this process's part of each batch. Gaussians and losses are fp32 whatever
     dtype the convs run in.
     """
     config = model.config
-    optimizer.param_groups[0]["lr"] = config.lr * min(1, step / config.warmup) if config.warmup else config.lr
+    set_lr(optimizer, config.lr * min(1, step / config.warmup) if config.warmup else config.lr)
     optimizer.zero_grad()
     total = None
     for x, label in batches:
@@ -881,27 +917,69 @@ def train_step(model, ema, optimizer, batches, step, device, dtype):
     average(gradients)
     norm = torch.nn.utils.get_total_norm(gradients)
     limit = config.skip_threshold * config.data_channels * config.resolution ** 2 if step > 1000 else math.inf
-    skipped = not norm.isfinite() or bool(norm > limit)
-    if not skipped:
+    decay = min(config.ema, (1 + step) / (10 + step))          # warmed up, or early averages are mostly initialisation
+    good = (norm.isfinite() & (norm <= on_device(limit, device))).reshape(())
+    if device.type == "xla":
+        update_unseen(good, optimizer, ema, model, decay)
+    elif good:
         optimizer.step()
-        decay = min(config.ema, (1 + step) / (10 + step))      # warmed up, or early averages are mostly initialisation
-        update_ema(ema, model, decay)
-    return total, float(norm), skipped
+        update_ema(ema, model, 1 - decay)
+    return total, norm, ~good
 
 
-def draw_noise(model, n, device):
-    """The posterior's noise of n samples, L x (n, z, h, w), and who loses the label (n,). Every process draws that of all, and
-    takes its part: a run is the same on any number of them."""
-    rank, count = world()
-    mine = slice(rank * n, (rank + 1) * n)
-    noise = [torch.randn(count * n, *shape, device=device)[mine] for shape in model.latent_shapes()]
-    return noise, torch.rand(count * n, device=device)[mine] < model.config.label_dropout
+def on_device(value, device):
+    """A number as a tensor (1,). XLA takes one of no dimensions for the constant of the same value, where the program has one:
+    the step at which they agree would be another program."""
+    return torch.tensor([value]).to(device)
+
+
+def set_lr(optimizer, lr):
+    """The learning rate is a number, or on XLA a tensor, where each new number would be a new program."""
+    if torch.is_tensor(optimizer.param_groups[0]["lr"]):
+        optimizer.param_groups[0]["lr"].copy_(torch.tensor([lr]))
+    else:
+        optimizer.param_groups[0]["lr"] = lr
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    ours, theirs = list(ema.parameters()), list(model.parameters())
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+def update_unseen(good, optimizer, ema, model, decay):
+    """Adam and EMA where `good`, and everything as it was where not, without a look at it from the host: for XLA."""
+    tensors = lambda: {id(t): t for t in [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]}
+    before = {key: t.clone() for key, t in tensors().items()}
+    optimizer.step()
+    for key, t in tensors().items():
+        t.copy_(torch.where(good, t, before.get(key, torch.zeros_like(t))))   # new ones, of the first step, began as 0
+    update_ema(ema, model, torch.where(good, on_device(1 - decay, good.device), 0.0))
+
+
+def draw_noise(model, n, device, alone=False):
+    """The posterior's noise of n samples, L x (n, z, h, w), and who loses the label (n,). Every process draws that of all, and
+    takes its part: a run is the same on any number of them. alone: for this process only. For XLA the host draws."""
+    rank, count = (0, 1) if alone else world()
+    mine = slice(rank * n, (rank + 1) * n)
+    source = "cpu" if device.type == "xla" else device
+    noise = [torch.randn(count * n, *shape, device=source)[mine].to(device) for shape in model.latent_shapes()]
+    return noise, (torch.rand(count * n, device=source)[mine] < model.config.label_dropout).to(device)
+
+
+@torch.no_grad()
+def restore(optimizer, state):
+    """Give an optimizer the moments in a state_dict of one, in its own parameters' memory format, which fused Adam takes for
+    granted; learning rate and implementation stay this device's own."""
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            moments[name] = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+
+
+@torch.no_grad()
+def update_ema(ema, model, weight):
+    """Move the average to the model by `weight`, a number or a tensor."""
+    if torch.is_tensor(weight):
+        for mine, current in zip(ema.parameters(), model.parameters()):
+            mine.lerp_(current, weight)
+    else:
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
     for mine, current in zip(ema.buffers(), model.buffers()):
         mine.copy_(current)
 
@@ -913,8 +991,9 @@ def evaluate(model, data, device, dtype):
     seed_step(0, 0)
     for start in range(0, count, config.batch):
         x, label = data.batch(np.arange(start, min(start + config.batch, count)), config, device)
+        noise, _ = draw_noise(model, len(x), device, alone=True)
         with autocast(device, dtype):
-            out = model(x, label)
+            out = model(x, label, noise)
         losses = lvae.objective(out, x, config)
         sums += len(x) * np.array([float(losses.distortion), float(losses.rate)])
     return sums / count
@@ -936,12 +1015,14 @@ def save_pictures(model, ae, data, classes, step, run, device, dtype):
     guided = dict(mean_guidance=guidance_levels(config, 1.5), variance_guidance=1.0)
     for name, weights in [("", {}), ("_guided", guided)][:1 + (config.num_classes > 0 and config.hierarchical_prior)]:
         seed_step(0, 0)                                        # the same noise at every step, so that progress shows
+        noise, _ = draw_noise(model, 8 * rows, device, alone=True)
         with autocast(device, dtype):
-            images = decode(model.generate(n=8 * rows, label=label, low_res=low_res, **weights))
+            images = decode(model.generate(noise, label, low_res=low_res, **weights))
         picture = grid([images[8 * r:8 * r + 8] for r in range(rows)], row_names=names)
         write(os.path.join(folder, f"{step:07d}{name}.png"), lambda f: picture.save(f, "png"))
+    noise, _ = draw_noise(model, len(x), device, alone=True)
     with autocast(device, dtype):
-        rec = model.generate(model.encode(x, x_label, low_res=low_res), x_label, low_res=low_res)
+        rec = model.generate(model.encode(x, x_label, noise, low_res=low_res), x_label, low_res=low_res)
     picture = grid([decode(x), decode(rec)], row_names=["encoded", "+ LVAE"])
     write(os.path.join(folder, f"{step:07d}_reconstructions.png"), lambda f: picture.save(f, "png"))
 
@@ -961,14 +1042,15 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
     seed_step(run.seed, 0)
     make = lambda: lvae.LVAE(config)
     model = (daes.fill(make, state["model"], path) if state else daes.fill(make, init["ema"], run.init) if init else make()).train()
-    model.to(device, memory_format=torch.channels_last)
+    place(model, device)
     ema = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(0.9, 0.9), fused=True)
-    step, skipped, saved = 0, 0, None
+    how = dict(capturable=True, lr=on_device(config.lr, device)) if device.type == "xla" else dict(fused=True, lr=config.lr)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.9), **how)
+    step, saved, skipped, row = 0, None, torch.zeros((), device=device), torch.zeros((), device=device)     # skipped: in all, in a row
     if state:
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        step, skipped = state["step"], state["skipped"]
+        restore(optimizer, state["optimizer"])
+        step, skipped = state["step"], skipped + state["skipped"]
         saved = step if newest else None
         state.clear()                                          # lets go of the mapped file
         say(f"resuming {path} at step {step}")
@@ -981,10 +1063,10 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
     describe(run, config, ae, train, held, device, dtype, sum(p.numel() for p in model.parameters()))
 
     def save():
-        state = {"config": asdict(config), "step": step, "skipped": skipped, "run": run.origin, "classes": classes, "dataset": dataset,
+        state = {"config": asdict(config), "step": step, "skipped": int(skipped), "run": run.origin, "classes": classes, "dataset": dataset,
                  "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
                  "dae": ae.state_dict() if ae else {}}
-        save_checkpoint(path, state, saved, run.keep)
+        save_checkpoint(path, on_host(state) if device.type == "xla" else state, saved, run.keep)
 
     if step == 0 and rank == 0:
         save()
@@ -992,7 +1074,7 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
     bits = lambda nats: round(float(lvae.bits_per_dim(nats, config)), 5)
     per_level = np.repeat(range(len(config.groups)), config.groups[::-1])    # level of each group, coarsest first
     bar = tqdm(total=config.steps, initial=step, desc="lvae", unit="step", disable=step >= config.steps or rank > 0)
-    started, since, row = time.time(), step, 0
+    started, since = time.time(), step
     part = slice(rank * config.batch // count, (rank + 1) * config.batch // count)
     while step < config.steps:
         batches = []
@@ -1004,25 +1086,30 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
         step += 1
         seed_step(run.seed, step)
         losses, norm, skip = train_step(model, ema, optimizer, batches, step, device, dtype)
-        skipped, row = skipped + skip, row + 1 if skip else 0
-        if row == 100:
-            raise UserError(f"100 steps in a row skipped (gradient norm {norm:.3g}): training has diverged. Lower --lr, or raise "
-                            f"--skip-threshold; {path} holds the last good state")
+        skipped, row = skipped + skip, (row + 1) * skip
+        if device.type == "xla":
+            import_xla().sync()
         bar.update()
-        last, stop = step == config.steps, bool(run.asked)
+        last = step == config.steps
+        looks = step % run.log_every == 0 or last              # on XLA the host looks at results only then
+        if (looks or device.type != "xla") and int(row) >= 100:
+            raise UserError(f"{int(row)} steps in a row skipped (gradient norm {float(norm):.3g}): training has diverged. Lower --lr, "
+                            f"or raise --skip-threshold; {path} holds the last good state")
+        stop = bool(run.asked)
         if count > 1:                                          # all processes stop after the same step
             flag = torch.tensor(float(stop), device=device)
             average([flag])
             stop = bool(flag)
-        if step % run.log_every == 0 or last:
+        if looks:
             average(losses)
-        if rank == 0 and (step % run.log_every == 0 or last):
+        if looks and rank == 0:
+            losses = lvae.Loss(*(t.cpu() for t in losses))
             rate = (step - since) * config.batch * config.accumulate / (time.time() - started)
             levels = [round(float(losses.kl[torch.from_numpy(per_level == i)].sum()), 3) for i in range(len(config.groups))]
             entry = dict(loss=round(float(losses.loss), 3), distortion=round(float(losses.distortion), 3),
                          distortion_bits=bits(losses.distortion), rate=round(float(losses.rate), 3), rate_bits=bits(losses.rate),
-                         kl_levels=levels, spectral=round(float(losses.spectral), 3), grad_norm=round(norm, 3),
-                         skipped=skipped, lr=optimizer.param_groups[0]["lr"], images_per_s=round(rate, 1))
+                         kl_levels=levels, spectral=round(float(losses.spectral), 3), grad_norm=round(float(norm), 3),
+                         skipped=int(skipped), lr=float(optimizer.param_groups[0]["lr"]), images_per_s=round(rate, 1))
             bar.set_postfix(loss=entry["loss"], rate=entry["rate"], bits=bits(losses.distortion + losses.rate))
             write_log(run.out, stage="lvae", step=step, **entry)
             for name, value in entry.items():
@@ -1050,7 +1137,7 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
             started += time.time() - before
     bar.close()
     barrier()
-    say(f"done: {path} ({skipped} of {step} steps skipped). Samples: python sample.py generate {path}")
+    say(f"done: {path} ({int(skipped)} of {step} steps skipped). Samples: python sample.py generate {path}")
 
 
 def tensorboard(out):
@@ -1267,7 +1354,8 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
     if ae is None:
         say(f"autoencoder {run.dae_preset}: f = {dae_config.f}, batch {dae_config.batch}, {dae_config.steps} steps on "
             f"{len(train_rows)} images of {size}x{size}, {device}, convs in {str(dtype).split('.')[1]}")
-        ae = train_dae(images, train_rows, dae_config, run, device, dtype)
+        host = torch.device("cpu") if device.type == "xla" else device        # its loop looks at every step's loss
+        ae = train_dae(images, train_rows, dae_config, run, host, pick_dtype(host, run.precision))
     h, good = encode_images(ae, images, run, "train", device, dtype)
     train = Latents(h, images.labels, train_rows[good[train_rows]])
     if val is not images:
@@ -1306,8 +1394,16 @@ def prepare_latents(run, preset, model_options, begun, device):
     return config, ae, replace(data, rows=train_rows), replace(data, rows=held_rows), []
 
 
-def main(argv=None):
+def replica(index, argv):
+    """What torch_xla.launch starts."""
+    main(argv, launched=True)
+
+
+def main(argv=None, launched=False):
     run, model_options, dae_options = parse(sys.argv[1:] if argv is None else argv)
+    if run.device == "xla" and not launched:                   # a process for each device
+        import_xla().launch(replica, args=(sys.argv[1:] if argv is None else argv,))
+        return
     with signals() as run.asked:
         try:
             train_both(run, model_options, dae_options)
