@@ -1152,8 +1152,9 @@ def test_latents_are_cached():
         np.lib.format.open_memmap("run/latents_train.npy", "r+")[8:] = 0
         quiet(train.main, *FAST, "--flip")
         assert np.allclose(np.load("run/latents_train.npy"), cache, atol=1e-2), "not completed"
-        os.remove("photos/left/0.png")
-        quiet(train.main, *FAST, "--flip")
+        os.rename("photos/left/0.png", "gone.png")
+        said = quiet(train.main, *FAST, "--flip")
+        assert "1 images are gone since the last encoding: " in said and os.path.join("left", "0.png") in said
         assert len(np.load("run/latents_train.npy")) == 19, "not rebuilt when the files changed"
 
 

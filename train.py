@@ -595,7 +595,7 @@ def pick_dtype(device, precision):
 
 def join(device):
     """Join the other processes, if torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if device.type != "xla" and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
@@ -649,7 +649,7 @@ def on_host(state):
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def seed_step(seed, step):
@@ -768,6 +768,17 @@ def train_dae(images, indices, config, run, device, dtype):
 # ---------------------------------------------------------------- from images to latents
 
 
+def report_changes(path, names):
+    """Keep the names of the images in a file, and say which have come or gone since it was written."""
+    if os.path.exists(path):
+        with open(path) as file:
+            before = set(file.read().split("\n"))
+        for what, changed in (("new", set(names) - before), ("gone", before - set(names))):
+            if changed:
+                print(f"{len(changed)} images are {what} since the last encoding: {', '.join(sorted(changed)[:5])}{' ...' * (len(changed) > 5)}")
+    write(path, lambda file: file.write("\n".join(names).encode()))
+
+
 @torch.no_grad()
 def encode_images(ae, images, run, name, device, dtype):
     """Latents of every image, (N, 1 or 2, C, h, w): as it is and, with --flip, mirrored; and which rows are good, (N,).
@@ -785,18 +796,16 @@ def encode_images(ae, images, run, name, device, dtype):
     shape = (len(images.names), views, ae.config.z_channels, side, side)
     path = os.path.join(run.out, f"latents_{name}.npy")
     notes_path = path[:-len(".npy")] + ".json"
-    listing = hashlib.sha256("\n".join(images.names).encode()).hexdigest()
-    notes, cache = {"key": key, "done": 0, "bad": {}, "count": len(images.names), "listing": listing}, None
+    notes, cache = {"key": key, "done": 0, "bad": {}}, None
     try:
         with open(notes_path) as file:
             found = json.load(file)
         if found["key"] == key and found["done"]:
             cache, notes = np.lib.format.open_memmap(path, "r+"), found
-        elif found["listing"] != listing:
-            print(f"the {name} images are others than before: {len(images.names)}, then {found['count']}; encoding them anew")
     except (OSError, ValueError, KeyError):                    # none, or broken: encode anew
         pass
     if cache is None:
+        report_changes(os.path.join(run.out, f"latents_{name}.txt"), images.names)
         try:
             cache = np.lib.format.open_memmap(path, "w+", shape=shape,
                                               dtype=np.uint8 if isinstance(ae, daes.Identity) else np.float16)
