@@ -1014,7 +1014,7 @@ def main(argv=None):
         p.set_defaults(function=function)
         p.add_argument(first, help=help)
         p.add_argument("--batch", type=positive, default=16, help="images at a time (16)")
-        p.add_argument("--device", default="auto", help="cuda, mps, cpu, ... (auto)")
+        p.add_argument("--device", default="auto", help="cuda, mps, cpu, xla, ... (auto)")
         p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="of the convs (auto: bf16 where the device has units for it)")
         p.add_argument("--dae", help="autoencoder file, instead of the one in the checkpoint")

@@ -1100,18 +1100,19 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
             import_xla().sync()
         bar.update()
         last = step == config.steps
-        looks = step % run.log_every == 0 or last              # on XLA the host looks at results only then
-        if (looks or device.type != "xla") and int(row) >= 100:
+        logs = step % run.log_every == 0 or last
+        looks = logs or device.type != "xla"                   # each look from the host at a result stops an XLA device
+        if looks and int(row) >= 100:
             raise UserError(f"{int(row)} steps in a row skipped (gradient norm {float(norm):.3g}): training has diverged. Lower --lr, "
                             f"or raise --skip-threshold; {path} holds the last good state")
-        stop = bool(run.asked)
-        if count > 1:                                          # all processes stop after the same step
+        stop = looks and bool(run.asked)
+        if looks and count > 1:                                # all processes stop after the same step
             flag = torch.tensor(float(stop), device=device)
             average([flag])
             stop = bool(flag)
-        if looks:
+        if logs:
             average(losses)
-        if looks and rank == 0:
+        if logs and rank == 0:
             losses = lvae.Loss(*(t.cpu() for t in losses))
             rate = (step - since) * config.batch * config.accumulate / (time.time() - started)
             levels = [round(float(losses.kl[torch.from_numpy(per_level == i)].sum()), 3) for i in range(len(config.groups))]
@@ -1183,7 +1184,7 @@ class Run:
     val: str = lvae.knob("", "folder of held-out images; empty: a share of --data")
     holdout: float = lvae.knob(0.05, "share of --data held out (at most 2000 images), where there is no --val")
     seed: int = lvae.knob(0, "of initialisation, order and noise")
-    device: str = lvae.knob("auto", "cuda, cuda:1, mps, cpu, ...")
+    device: str = lvae.knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
     precision: str = lvae.knob("auto", "bf16 or fp32; auto: bf16 where the device has units for it")
     log_every: int = lvae.knob(20, "steps between lines of log.jsonl")
     eval_every: int = lvae.knob(500, "steps between evaluations on held-out images")
