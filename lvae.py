@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------- configuration
 
@@ -73,6 +74,7 @@ class Config:
     ema: float = knob(0.9999, "decay of the weights' moving average per step (reached gradually)")
     skip_threshold: float = knob(300.0, "skip steps whose gradient norm exceeds this per data dimension, after step 1000")
     steps: int = knob(250_000, "training steps")
+    recompute: bool = knob(False, "recompute each block's activations in the backward pass: far less memory, a third more time")
 
     def __post_init__(self):
         for name in ("mult", "ffn", "groups", "encoder_layers", "attention_layers", "heads", "kl_schedule"):
@@ -337,6 +339,13 @@ def attention_positions(blocks, layers):
     return {round(blocks / (layers + 1) * i) for i in range(1, layers + 1)}
 
 
+def run(config, block, *inputs):
+    """block(*inputs); in training with config.recompute, without keeping what happens inside."""
+    if config.recompute and block.training and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
 # ---------------------------------------------------------------- bottom-up
 
 
@@ -349,6 +358,7 @@ class Encoder(nn.Module):
         widths = [config.encoder_width * m for m in config.mult]
         label_dim = config.width * config.mult[-1] if config.num_classes else 0
         scale = 1 / math.sqrt(sum(config.encoder_layers))
+        self.config = config
         self.in_proj = conv(config.data_channels, widths[0], 3)
         self.levels = nn.ModuleList()
         for i, (side, c) in enumerate(zip(sides, widths)):
@@ -370,7 +380,7 @@ class Encoder(nn.Module):
             for layer in layers:
                 if isinstance(layer, Resample):
                     features.append(x)                         # what the top-down path sees: before downsampling
-                x = layer(x, label) if isinstance(layer, Block) else layer(x)
+                x = run(self.config, layer, x, label) if isinstance(layer, Block) else layer(x)
         return features + [x]
 
 
@@ -596,7 +606,7 @@ class LVAE(nn.Module):
             for layer in layers:
                 if isinstance(layer, TopDownBlock):
                     eps = noise[len(latents)]
-                    x, latent = layer(x, label, eps, given, weights, temperature)
+                    x, latent = run(self.config, layer, x, label, eps, given, weights, temperature)
                     latents.append(latent)
                 elif isinstance(layer, Resample):
                     x = layer(x, [s * sides[level + 1] // self.config.resolution for s in size])

@@ -24,21 +24,19 @@ import hashlib
 import itertools
 import os
 import sys
-import time
 import zipfile
 import zlib
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dae as daes
 import lvae
-from train import (Parser, UserError, autocast, barrier, cli, grid, guidance_levels, join, load_checkpoint, open_images,
-                   pick_device, pick_dtype, place, read_image, reserve, to_tensor, to_uint8, toy_images, world, write)
+from train import (Parser, UserError, autocast, barrier, cli, count_flops, grid, guidance_levels, join, load_checkpoint,
+                   matmul_rate, open_images, pick_device, pick_dtype, place, read_image, reserve, seconds_per_call, to_tensor,
+                   to_uint8, toy_images, world, write)
 
 # ---------------------------------------------------------------- the model
 
@@ -922,32 +920,6 @@ def random_checkpoint(name):
             "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
 
 
-def synchronize(device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
-def seconds_per_call(function, device, budget):
-    """The median time of a call, after one to warm up, of as many as fit into `budget` seconds (3 at least)."""
-    times = []
-    while len(times) < 4 or sum(times[1:]) < budget:
-        started = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
-
-
-@torch.no_grad()
-def matmul_rate(device, dtype):
-    """FLOP/s of the device's fastest large square matrix product: its peak, as measured."""
-    rates = []
-    for n in (1024, 2048, 4096) + (8192,) * (device.type == "cuda"):
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
-        rates.append(2 * n ** 3 / seconds_per_call(lambda: a @ b, device, 0.3))
-    return max(rates)
-
-
 def peak_memory(device):
     """The most memory used so far, in bytes: the device's, or on a CPU this process's."""
     if device.type == "cuda":
@@ -987,9 +959,7 @@ def bench(args):
     total_flop = total_seconds = 0.0
     for name, stage in stages.items():
         with autocast(device, sampler.dtype):
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):    # as products, which it counts
-                stage(1)
-            flop = counter.get_total_flops()
+            flop = count_flops(lambda: stage(1))
             seconds = seconds_per_call(lambda: stage(args.batch), device, args.seconds) / args.batch
         total_flop, total_seconds = total_flop + flop, total_seconds + seconds
         print_rate(name, flop, seconds, peak)

@@ -298,6 +298,17 @@ def test_kl_schedule():
     assert not lvae.kl_weights(kl, shares).requires_grad and lvae.kl_weights(kl * 0, shares).isfinite().all()
 
 
+def test_recomputing_gives_the_same_gradient():
+    gradients = []
+    for recompute in (False, True):
+        model = awake(dataclasses.replace(TINY_CLASSES, recompute=recompute), scale=0.1).train()
+        torch.manual_seed(1)
+        out = model(torch.ones(2, 4, 16, 16), torch.tensor([1, 2]))              # draws noise inside the blocks
+        lvae.objective(out, torch.ones(2, 4, 16, 16), model.config).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    close(gradients[1], gradients[0], 1e-6)
+
+
 def test_objective_adds_up():
     model = awake(TINY_CLASSES, scale=0.1)
     x, label = torch.randn(3, 4, 16, 16), torch.tensor([1, 2, 3])
@@ -1062,6 +1073,9 @@ def test_upsampling_stack():
 def test_bench():
     with folder():
         said = quiet(sample.main, "bench", trained(), "--batch", "2", "--seconds", "0.01", "--precision", "fp32")
+        forward = train.count_flops(lambda: lvae.LVAE(TINY)(torch.zeros(1, 4, 16, 16)))
+        assert 2.9 < train.training_flops(TINY) / forward < 3.01              # the backward pass is two more
+        assert abs(train.training_flops(lvae.PRESETS["church"]) / 3e9 - 81) < 1              # GFLOP of a forward pass
         assert "guided" in said and all(f"\n{name}" in said for name in ("LVAE", "decoder", "together", "peak memory"))
         once = quiet(sample.main, "bench", "run/checkpoint.pt", "--no-guided", "--batch", "2", "--seconds", "0.01", "--precision", "fp32")
         flop = lambda text: float(next(line for line in text.splitlines() if line.startswith("LVAE")).split()[1])
@@ -1243,7 +1257,7 @@ def test_resuming_is_bit_identical():
         def state(out):
             checkpoint = torch.load(f"{out}/checkpoint.pt", weights_only=True)
             with open(f"{out}/log.jsonl") as file:
-                log = [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in file]
+                log = [{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "mfu")} for line in file]
             return {**{f"{part}.{k}": v for part in ("model", "ema", "dae") for k, v in checkpoint[part].items()}}, log
         options = ["--flip", "--image-size", "32", "--groups", "1,1,1,1", "--encoder-layers", "1,1,1,1", "--mult", "1,1,1,1",
                    "--ffn", "2,0,2,2", "--attention-layers", "0,1,0,0", "--heads", "0,2,0,0",
@@ -1320,7 +1334,7 @@ def shell(*arguments, **options):
 def log_of(out):
     """A run's log without what depends on the clock."""
     with open(os.path.join(out, "log.jsonl")) as file:
-        return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in file]
+        return [{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "mfu")} for line in file]
 
 
 ON_LATENTS = [a for i, a in enumerate(FAST) if not {a, FAST[i - 1]} & {"--data", "--out", "--image-size", "--dae-width", "--dae-mult",

@@ -657,6 +657,50 @@ def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
+def synchronize(device):
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def seconds_per_call(function, device, budget):
+    """The median time of a call, after one to warm up, of as many as fit into `budget` seconds (3 at least)."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < budget:
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
+@torch.no_grad()
+def matmul_rate(device, dtype):
+    """FLOP/s of the device's fastest large square matrix product: its peak, as measured."""
+    rates = []
+    for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        rates.append(2 * n ** 3 / seconds_per_call(lambda: a @ b, device, 0.1))
+    return max(rates)
+
+
+def count_flops(function):
+    """The floating-point operations of a call, 2 for each multiplication with an addition."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):       # attention as products, which it counts
+        function()
+    return counter.get_total_flops()
+
+
+def training_flops(config):
+    """FLOPs of one sample's forward and backward pass, counted on tensors without content. (Labels would add next to nothing.)"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        model = lvae.LVAE(replace(config, num_classes=0, recompute=False))
+        x = torch.zeros(1, config.data_channels, config.resolution, config.resolution)
+        return count_flops(lambda: model(x).mean.sum().backward())
+
+
 # ---------------------------------------------------------------- stage one: the autoencoder
 
 
@@ -1083,6 +1127,8 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
     bits = lambda nats: round(float(lvae.bits_per_dim(nats, config)), 5)
     per_level = np.repeat(range(len(config.groups)), config.groups[::-1])    # level of each group, coarsest first
     bar = tqdm(total=config.steps, initial=step, desc="lvae", unit="step", disable=step >= config.steps or rank > 0)
+    measured = config.steps - step >= 20 and device.type != "xla"            # the share of the device's peak: not worth it for less
+    share = training_flops(config) / (count * matmul_rate(device, dtype)) if measured else None
     started, since = time.time(), step
     part = slice(rank * config.batch // count, (rank + 1) * config.batch // count)
     while step < config.steps:
@@ -1119,7 +1165,8 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
             entry = dict(loss=round(float(losses.loss), 3), distortion=round(float(losses.distortion), 3),
                          distortion_bits=bits(losses.distortion), rate=round(float(losses.rate), 3), rate_bits=bits(losses.rate),
                          kl_levels=levels, spectral=round(float(losses.spectral), 3), grad_norm=round(float(norm), 3),
-                         skipped=int(skipped), lr=float(optimizer.param_groups[0]["lr"]), images_per_s=round(rate, 1))
+                         skipped=int(skipped), lr=float(optimizer.param_groups[0]["lr"]), images_per_s=round(rate, 1),
+                         **({"mfu": round(rate * share, 4)} if measured else {}))
             bar.set_postfix(loss=entry["loss"], rate=entry["rate"], bits=bits(losses.distortion + losses.rate))
             write_log(run.out, stage="lvae", step=step, **entry)
             for name, value in entry.items():
@@ -1438,6 +1485,8 @@ def train_both(run, model_options, dae_options):
         if not ok:
             raise UserError(message)
     device = pick_device(run.device)
+    if device.type == "xla" and model_options.get("recompute"):
+        raise UserError("--recompute is not for XLA devices")
     join(device)
     dtype = pick_dtype(device, run.precision)
     path = os.path.join(run.out, "checkpoint.pt")
