@@ -664,7 +664,7 @@ def hostile_files():
         "equal hashes": zipped(b"\x80\x02}(" + b"".join(b"\x8a\x0b" + (k * (2 ** 61 - 1)).to_bytes(11, "little") + b"N" for k in range(99_999)) + b"u."),
         "equal memos": zipped(b"\x80\x02N" + b"".join(b"p%d\n" % (k * (2 ** 61 - 1)) for k in range(99_999)) + b"."),
         "long arguments": zipped(b"\x80\x02(" + b"N" * 500_000 + b"tq\0" + b"cos\nsystem\nh\0R" * 99_999 + b"."),
-        "long lists": zipped(b"\x80\x02(" + b"N" * 500_000 + b"lq\0\x85q\x01" + b"ccollections\nOrderedDict\nh\x01R" * 9_999 + b"."),
+        "long lists": zipped(b"\x80\x02(X\x01\0\0\0aNlq\x02(" + b"h\x02" * 400_000 + b"lq\0\x85q\x01" + b"ccollections\nOrderedDict\nh\x01R" * 9_999 + b"."),
         "long shapes": zipped(b"\x80\x02(" + b"K\0" * 500_000 + b"tq\0\x85q\x01" + b"ctorch\nSize\nh\x01R" * 9_999 + b"."), "build": zipped(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\0\0\0aK\x01sb."),
         "bomb": zipped(b"\x80\x02}.", zipfile.ZIP_DEFLATED, data_0=bytes(50 << 20)), "script": zipped(b"}.", **{"constants.pkl": b")."}),
         "expanded": zipped(tensor(4, 0, (1 << 30, 1 << 10), (0, 0)), data_0=bytes(16)), "negative": zipped(tensor(4, -9, (2,), (1,)), data_0=bytes(16)),
@@ -691,6 +691,11 @@ def hostile_files():
     return files
 
 
+HARMLESS = {"torch.load", "torch.load legacy", "from_file", "from_file legacy", "jit", "jit legacy", "memo", "deep key", "deep set",
+            "deep frozenset", "equal hashes", "long arguments", "build", "huge and empty", "list", "strings", "integers", "levels",
+            "odd level", "two names"}  # what is left of them is inert
+
+
 def test_hostile_files():
     with folder():
         files = hostile_files()
@@ -701,6 +706,10 @@ def test_hostile_files():
             started = time.time()
             for reader in (dae.load, train.load_checkpoint):
                 refused("file.pt", lambda path: reader(path[0]), "file.pt")
+            if name.split()[0] in ("system", "eval", "exec", "partial", "open", "popen", "map", "setattr"):
+                assert type(dae.read("file.pt")["state_dict"]) is dae.Inert, name
+            elif name not in HARMLESS:                         # not even its containers can be had
+                refused("file.pt", lambda path: dae.read(path[0]), "file.pt")
             assert not os.path.exists("broken-in"), f"{name} ran code"
             assert time.time() - started < 30, f"{name} hangs"
         for path in (".", os.devnull):
