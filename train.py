@@ -615,12 +615,17 @@ def say(text):
         print(text, flush=True)
 
 
-def barrier():
+def barrier(asked=()):
+    """Wait for the other processes. Raises Stopped when `asked` to stop meanwhile."""
     if world()[1] > 1 and "torch_xla" in sys.modules:
         import torch_xla.core.xla_model as xm
         xm.rendezvous("barrier")
     elif world()[1] > 1:
-        dist.barrier()
+        others = dist.barrier(async_op=True)
+        while not others.is_completed():
+            if asked:
+                raise Stopped(asked[0])
+            time.sleep(0.05)
 
 
 def average(tensors):
@@ -1407,7 +1412,7 @@ def prepare_images(run, preset, model_options, dae_options, state, init, device,
 
     run.lock = claim(run.out) if world()[0] == 0 else None     # only now: what was asked for fits
     if world()[0]:
-        barrier()                                              # until the first process has trained and encoded
+        barrier(run.asked)                                     # until the first process has trained and encoded
     if ae is None:
         say(f"autoencoder {run.dae_preset}: f = {dae_config.f}, batch {dae_config.batch}, {dae_config.steps} steps on "
             f"{len(train_rows)} images of {size}x{size}, {device}, convs in {str(dtype).split('.')[1]}")
