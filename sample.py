@@ -968,7 +968,7 @@ def bench(args):
 
 
 def print_rate(name, flop, seconds, peak):
-    print(f"{name:9} {flop / 1e9:15.1f} {1000 * seconds:19.2f} {flop / seconds / 1e12:10.3f} {flop / seconds / peak:14.1%}")
+    print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / 1e12:10.3f} {flop / seconds / peak:14.1%}")
 
 
 # ---------------------------------------------------------------- command line
