@@ -74,7 +74,7 @@ class Config:
     ema: float = knob(0.9999, "decay of the weights' moving average per step (reached gradually)")
     skip_threshold: float = knob(300.0, "skip steps whose gradient norm exceeds this per data dimension, after step 1000")
     steps: int = knob(250_000, "training steps")
-    recompute: bool = knob(False, "recompute each block's activations in the backward pass: far less memory, a third more time")
+    recompute: bool = knob(False, "recompute each block's activations in the backward pass: far less memory, more time")
 
     def __post_init__(self):
         for name in ("mult", "ffn", "groups", "encoder_layers", "attention_layers", "heads", "kl_schedule"):
