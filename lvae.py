@@ -438,7 +438,7 @@ class TopDownBlock(nn.Module):
             eps = eps(source)
         z = source.mean + temperature * source.var.sqrt() * eps              # (B, z, H, W)
         zs = z if guidance is None else torch.cat([z, z])
-        x = x + h + self.zproj(zs)
+        x = h + x + self.zproj(zs)                             # h first: a sum takes its first term's memory format
         return self.shared_block(x, label), Latent(prior, posterior, z)
 
 

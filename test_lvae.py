@@ -803,7 +803,7 @@ def test_released_pipelines():
         refused("of no preset", lambda arguments: sample.Sampler(arguments[0]), "inet_pipeline.pt")
         lvae.PRESETS["imagenet"] = config
         try:
-            sampler = sample.Sampler("inet_pipeline.pt")
+            sampler = sample.Sampler("inet_pipeline.pt", precision="fp32")
             assert sampler.config == dataclasses.replace(config, attention="released") and sampler.size == 32
             noise = reference_noise(model)
             close(sampler.model.generate(noise, torch.tensor([0, 1])), model.generate(noise, torch.tensor([0, 1])), 1e-6)
@@ -929,7 +929,7 @@ def test_outpainting_keeps_the_image():
                 kept = wide[:, left:left + 16].astype(int)
                 assert np.abs(kept - reconstruction).mean() < 0.5 * np.abs(wide[:, 16 - left:32 - left].astype(int) - reconstruction).mean()
             # Whatever the wide image's prior, the posterior's z stands where the image does; the 1x1 groups are kept whole.
-            sampler = sample.Sampler("x")
+            sampler = sample.Sampler("x", precision="fp32")
             with torch.no_grad():
                 expected = [l.z for l in sampler.model(sampler.latents([train.read_image("a.png", 16)]), torch.tensor([0]), sampler.means(1)).latents]
             given, real_images = [], sample.Sampler.images
