@@ -428,7 +428,7 @@ class TopDownBlock(nn.Module):
         posterior = None
         if evidence is not None:
             features, true_label = evidence
-            acts = self.actsproj(torch.cat([x, features.to(x.dtype)], dim=1))
+            acts = self.actsproj(torch.cat([x.to(features.dtype), features], dim=1))
             posterior = gaussian(self.posterior_block(acts, true_label))
 
         source = prior if posterior is None else posterior
@@ -438,7 +438,8 @@ class TopDownBlock(nn.Module):
             eps = eps(source)
         z = source.mean + temperature * source.var.sqrt() * eps              # (B, z, H, W)
         zs = z if guidance is None else torch.cat([z, z])
-        x = h + x + self.zproj(zs)                             # h first: a sum takes its first term's memory format
+        # A sum takes the memory format of its first term: h is channels-last where the convs are, x may not be yet.
+        x = h + self.zproj(zs) + x
         return self.shared_block(x, label), Latent(prior, posterior, z)
 
 
@@ -596,9 +597,7 @@ class LVAE(nn.Module):
                                  f"expected {(n, self.config.data_channels, h, w)}")
             x = self.low_res_proj(low_res if guidance is None else torch.cat([low_res, low_res]))
         else:
-            x = self.initial.expand(streams, -1, -1, -1)       # (B, c, 1, 1)
-            if torch.is_autocast_enabled(x.device.type):       # carry the hidden state in the convs' own type
-                x = x.to(torch.get_autocast_dtype(x.device.type))
+            x = self.initial.expand(streams, -1, -1, -1)       # (B, c, 1, 1); the hidden state stays fp32 under autocast
         latents = []
         for level, layers in enumerate(self.levels):
             given = None if evidence is None else (evidence[0][-1 - level], evidence[1])
@@ -650,7 +649,8 @@ class LVAE(nn.Module):
         levels = len(self.config.groups)
         weights = []
         for name, w in (("mean_guidance", mean_weight), ("variance_guidance", variance_weight)):
-            w = torch.as_tensor(w, dtype=torch.float32).flatten().tolist()
+            w = w.tolist() if hasattr(w, "tolist") else w      # of a tensor or an array
+            w = list(w) if isinstance(w, (list, tuple)) else [w]
             w = w * levels if len(w) == 1 else w
             if len(w) != levels:
                 raise ValueError(f"{name} takes one number or one per level, coarsest first: {levels}, not {len(w)}")

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from train import (Parser, UserError, autocast, barrier, cli, count_flops, grid, guidance_levels, join, load_checkpoint,
-                   matmul_rate, open_images, pick_device, pick_dtype, place, read_image, reserve, seconds_per_call, to_tensor,
+from train import (Parser, UserError, autocast, barrier, cli, compiled, count_flops, grid, guidance_levels, join,
+                   load_checkpoint, matmul_rate, open_images, pick_device, pick_dtype, place, read_image, reserve, seconds_per_call, to_tensor,
                    to_uint8, toy_images, world, write)
 
 # ---------------------------------------------------------------- the model
@@ -65,6 +65,7 @@ class Sampler:
                             f"{self.config.data_channels}")
         for module in (self.model, self.dae):
             place(module, self.device, self.dtype).requires_grad_(False)
+        self.is_compiled = False
         self.size = self.config.resolution * self.dae.config.f                # side of the model's images, in pixels
         self.sides = lvae.resolutions(self.config)[::-1]                      # of the levels, coarsest first
         self.upsampler = Sampler(upsampler, device, precision) if upsampler else None
@@ -72,6 +73,13 @@ class Sampler:
             raise UserError(f"--upsampler {upsampler}: " + (
                 f"it enlarges images of {self.upsampler.size // self.upsampler.config.upsample} pixels, {path} makes {self.size}"
                 if self.upsampler.config.upsample else "not an upsampler"))
+
+    def compile(self):
+        """Compile what generates, for one size of batch: minutes that pay for themselves after some thousand images."""
+        self.is_compiled = True
+        self.model.generate, self.dae.decode = (compiled(f, graphs=True) for f in (self.model.generate, self.dae.decode))
+        if self.upsampler:
+            self.upsampler.compile()
 
     @property
     def space(self):
@@ -176,7 +184,22 @@ def make_sampler(args, upsamples=False):
     sampler = Sampler(args.checkpoint, args.device, args.precision, args.dae, getattr(args, "upsampler", None))
     if sampler.config.upsample and not upsamples:
         raise UserError("this checkpoint is an upsampler, which draws no image by itself: pass it as --upsampler to generate")
+    set_up(sampler, args, many=args.command == "generate" and (args.n or 0) >= 1000)
     return sampler
+
+
+def set_up(sampler, args, many):
+    """Compile if asked to, or on CUDA if there are `many` images to make, and print what the sampler runs on."""
+    device = sampler.device
+    if args.compile and device.type == "xla":
+        raise UserError("--compile is not for XLA devices, which compile by themselves")
+    if args.compile or args.compile is None and many and device.type == "cuda":
+        sampler.compile()
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else device)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{args.command}: on {kind}, convs in {str(sampler.dtype).removeprefix('torch.')}, "
+              f"{'' if sampler.is_compiled else 'not '}compiled", flush=True)
 
 
 def check_guidance(sampler, args):
@@ -376,8 +399,9 @@ def draw_all(sampler, args, n, labels, guidance):
     rank, count = world()
     for start in tqdm(range(0, n, args.batch)[rank::count], desc="sampling", unit="batch", disable=n <= args.batch or rank > 0):
         numbers = np.arange(start, min(start + args.batch, n))
-        label = None if labels is None else torch.from_numpy(labels[numbers]).to(sampler.device)
-        yield numbers, sampler.draw(args.seed, numbers, label, **guidance)
+        drawn = np.resize(numbers, args.batch) if sampler.is_compiled else numbers          # compiled for whole batches
+        label = None if labels is None else torch.from_numpy(labels[drawn]).to(sampler.device)
+        yield numbers, sampler.draw(args.seed, drawn, label, **guidance)[:len(numbers)]
 
 
 # ---------------------------------------------------------------- manipulation (Section 5)
@@ -953,18 +977,19 @@ def bench(args):
               "decoder": lambda n: sampler.decode(x[:n])}
     if isinstance(sampler.dae, daes.Identity):
         del stages["decoder"]
+    with autocast(device, sampler.dtype):
+        flops = {name: count_flops(lambda: stage(1)) for name, stage in stages.items()}
+    set_up(sampler, args, many=True)
     peak = matmul_rate(device, sampler.dtype)
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    print(f"{args.source}: {sampler.size}x{sampler.size} images, {'guided' if guided else 'not guided'}, batch {args.batch}, "
-          f"{str(sampler.dtype).removeprefix('torch.')}, {kind}; peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
+    print(f"{args.source}: {sampler.size}x{sampler.size} images, {'guided' if guided else 'not guided'}, batch {args.batch}; "
+          f"peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
     print("stage     GFLOP per image   s per 1000 images    TFLOP/s   share of peak")
     total_flop = total_seconds = 0.0
     for name, stage in stages.items():
         with autocast(device, sampler.dtype):
-            flop = count_flops(lambda: stage(1))
             seconds = seconds_per_call(lambda: stage(args.batch), device, args.seconds) / args.batch
-        total_flop, total_seconds = total_flop + flop, total_seconds + seconds
-        print_rate(name, flop, seconds, peak)
+        total_flop, total_seconds = total_flop + flops[name], total_seconds + seconds
+        print_rate(name, flops[name], seconds, peak)
     print_rate("together", total_flop, total_seconds, peak)
     print(f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
@@ -989,6 +1014,8 @@ def main(argv=None):
         p.add_argument("--device", default="auto", help="cuda, mps, cpu, xla, ... (auto)")
         p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="of the convs (auto: bf16 where the device has units for it)")
+        p.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       help="what generates with torch.compile, for minutes (on CUDA, for bench and 1000 images or more)")
         p.add_argument("--dae", help="autoencoder file, instead of the one in the checkpoint")
         p.add_argument("--seed", type=whole, default=0, help="of the noise (0)")
         if out:

@@ -671,6 +671,27 @@ def on_host(state):
     return [on_host(v) for v in state] if isinstance(state, list) else state.cpu() if torch.is_tensor(state) else state
 
 
+def compiled(function, graphs=False):
+    """torch.compile(function); where the compiler fails, which is then said, the function as it was. graphs: it maps tensors
+    to one tensor, and its many kernels are launched at once, as CUDA graphs."""
+    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else "default")
+
+    def call(*inputs, **options):
+        nonlocal fast
+        if fast is function:
+            return function(*inputs, **options)
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            out = fast(*inputs, **options)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            say(f"not compiled after all: {str(e).strip().splitlines()[0]}")
+            fast = function
+            return call(*inputs, **options)
+        return out.clone() if graphs else out                  # the next run of a graph writes over what this one gave
+    return call
+
+
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -885,11 +906,15 @@ def encode_images(ae, images, run, name, device, dtype):
         cache.flush()
         write(notes_path, lambda file: file.write(json.dumps({**notes, "bad": images.bad}).encode()))
 
-    batch, saved = max(1, min(64, (64 * 64 * 64) // images.size ** 2)), time.time()
-    read = lambda start: [(i, image) for i in range(start, min(start + batch, shape[0])) if (image := images.read(i)) is not None]
+    pixels, threads = (64 ** 3, 1) if device.type == "cpu" else (64 ** 3 * 16, os.cpu_count())     # on a CPU encoding needs the cores
+    batch, saved = max(1, min(64, pixels // images.size ** 2)), time.time()
+
+    def read(start):
+        rows = range(start, min(start + batch, shape[0]))
+        return [(i, image) for i, image in zip(rows, readers.map(images.read, rows)) if image is not None]
     bar = tqdm(total=shape[0], initial=notes["done"], desc=f"encoding {name} images", unit="image",
                disable=notes["done"] >= shape[0])
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, notes["done"])
         while notes["done"] < shape[0]:
             good = ahead.result()
@@ -1136,6 +1161,10 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
     if rank == 0:
         trim_log(run.out, "lvae", step)
     board = tensorboard(run.out) if rank == 0 else None
+    if run.compile == "auto":                                  # it takes minutes
+        run.compile = "yes" if device.type == "cuda" and config.steps - step >= 500 else "no"
+    if run.compile == "yes":
+        model.forward = compiled(model.forward)                # not model.compile(): this falls back
     describe(run, config, ae, train, held, device, dtype, sum(p.numel() for p in model.parameters()))
 
     def save():
@@ -1256,6 +1285,7 @@ class Run:
     seed: int = lvae.knob(0, "of initialisation, order and noise")
     device: str = lvae.knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
     precision: str = lvae.knob("auto", "bf16 or fp32; auto: bf16 where the device has units for it")
+    compile: str = lvae.knob("auto", "yes or no: torch.compile the LVAE; auto: yes on CUDA, for 500 steps or more")
     log_every: int = lvae.knob(20, "steps between lines of log.jsonl")
     eval_every: int = lvae.knob(500, "steps between evaluations on held-out images")
     sample_every: int = lvae.knob(500, "steps between sample grids")
@@ -1322,7 +1352,7 @@ def describe(run, config, ae, train, held, device, dtype, count):
           f"shift {config.shift:.4g}, scale {config.scale:.4g}")
     print(f"lvae        {count:,} parameters, effective batch {config.batch} x {config.accumulate}, {config.steps} steps")
     print(f"device      {device}, {world()[1]} process{'es' * (world()[1] > 1)}, convs in {str(dtype).split('.')[1]}, "
-          f"{torch.get_num_threads()} threads")
+          f"{'' if run.compile == 'yes' else 'not '}compiled, {torch.get_num_threads()} threads")
     print("config      " + "  ".join(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
                                      for k, v in asdict(config).items()), flush=True)
 
@@ -1501,6 +1531,7 @@ def train_both(run, model_options, dae_options):
     run.out = run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset)
     for ok, message in [
             (run.precision in ("auto", "bf16", "fp32"), f"--precision is auto, bf16 or fp32, not {run.precision}"),
+            (run.compile in ("auto", "yes", "no"), f"--compile is auto, yes or no, not {run.compile}"),
             (0 <= run.holdout < 1, f"--holdout is a fraction from 0 up to 1, not {run.holdout}"),
             (run.seed >= 0, f"--seed may not be negative: {run.seed}"),
             (run.keep >= 0, f"--keep may not be negative: {run.keep}"),
@@ -1510,6 +1541,8 @@ def train_both(run, model_options, dae_options):
     device = pick_device(run.device)
     if device.type == "xla" and model_options.get("recompute"):
         raise UserError("--recompute is not for XLA devices")
+    if device.type == "xla" and run.compile == "yes":
+        raise UserError("--compile is not for XLA devices, which compile by themselves")
     join(device)
     dtype = pick_dtype(device, run.precision)
     path = os.path.join(run.out, "checkpoint.pt")
