@@ -1136,6 +1136,72 @@ def test_bench():
         assert "not guided" in once and 1.9 < flop(said) / flop(once) < 2.1
 
 
+def test_compiling():
+    with torch.no_grad():                                      # the compiler sees one graph, without a look at a tensor's content
+        for config in (TINY, TINY_CLASSES):
+            model = reference_model(config).eval()
+            noise, guided = reference_noise(model), {}
+            if config.num_classes:
+                guided = dict(label=torch.tensor([0, 1]), mean_guidance=1.5, variance_guidance=[0.0, 1, 1, 2])
+            graph = torch.compile(model.generate, backend="eager", fullgraph=not guided)      # a CPU's labels are checked
+            close(graph(noise, **guided), model.generate(noise, **guided), 1e-6)
+        ae, h = dae.Autoencoder(dataclasses.replace(SMALL, codebook=16)), torch.randn(2, 4, 8, 8)
+        close(torch.compile(ae.decode, backend="eager", fullgraph=True)(h), ae.decode(h), 1e-6)
+    model = reference_model(TINY).train()
+    x, noise = torch.randn(2, 4, 16, 16), reference_noise(model)
+    close(torch.compile(model, backend="eager", fullgraph=True)(x, noise=noise).kl, model(x, noise=noise).kl, 1e-6)
+
+    calls, real = [], torch.compile
+
+    def stand_in(function, **options):                         # gives its result in the same memory each time, as a CUDA graph does
+        calls.append(options["mode"])
+        memory = {}
+
+        def fast(*inputs, **others):
+            out = function(*inputs, **others)
+            return memory.setdefault("out", out).copy_(out) if torch.is_tensor(out) else out
+        return fast
+
+    def broken(function, **options):
+        def fast(*inputs, **others):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler\nhere")
+        return fast
+    try:
+        torch.compile = stand_in
+        double = train.compiled(lambda x: 2 * x, graphs=True)
+        kept = double(torch.ones(2))
+        assert double(torch.zeros(2)).sum() == 0 and kept.sum() == 4
+        with folder():
+            path = trained("--precision", "fp32")
+            quiet(sample.main, "generate", path, "--n", "7", "--batch", "7", "--out", "a.png", "--precision", "fp32")
+            del calls[:]
+            said = quiet(sample.main, "generate", path, "--n", "7", "--batch", "3", "--compile", "--out", "b.png", "--precision", "fp32")
+            assert calls == ["reduce-overhead"] * 2 and "float32, compiled" in said
+            a, b = (np.asarray(Image.open(name)).astype(int) for name in ("a.png", "b.png"))
+            assert np.abs(a - b).max() <= 1
+            logs = []
+            for compiler, compile in ((stand_in, "no"), (stand_in, "yes"), (broken, "yes")):
+                torch.compile, out = compiler, f"run{len(logs)}"
+                said = quiet(train.main, *FAST, "--out", out, "--precision", "fp32", "--compile", compile)
+                assert ("not compiled after all: no compiler" in said) == (compiler is broken)
+                assert ("not compiled, " in said) == (compile == "no")
+                logs.append(log_of(out))
+            assert logs[0] == logs[1] == logs[2] and calls[2:] == ["default"]
+            refused("--compile is", train.main, *FAST, "--out", "other", "--compile", "maybe")
+    finally:
+        torch.compile = real
+
+
+def test_sampling_in_bf16_is_close():
+    with folder():
+        path = trained()
+        exact, fast = (sample.Sampler(path, precision=precision) for precision in ("fp32", "bf16"))
+        assert fast.model.out_proj.weight.dtype == torch.bfloat16 and fast.model.embedding.weight.dtype == torch.float32
+        label = torch.arange(8) % 2
+        a, b = (s.images(s.noise(0, range(8)), label, mean_guidance=1.0).astype(float) for s in (exact, fast))
+        assert 0 < sample.psnr(a, b) and not np.array_equal(a, b) and sample.psnr(a, b) > 40, sample.psnr(a, b)
+
+
 # ---------------------------------------------------------------- data
 
 
