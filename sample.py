@@ -35,8 +35,8 @@ from tqdm import tqdm
 import dae as daes
 import lvae
 from train import (Parser, UserError, autocast, barrier, cli, compiled, count_flops, grid, guidance_levels, join,
-                   load_checkpoint, matmul_rate, open_images, pick_device, pick_dtype, place, read_image, reserve, seconds_per_call, to_tensor,
-                   to_uint8, toy_images, world, write)
+                   load_checkpoint, matmul_rate, open_images, pick_device, pick_dtype, place, read_image, reserve,
+                   seconds_per_call, to_tensor, to_uint8, toy_images, world, write)
 
 # ---------------------------------------------------------------- the model
 
@@ -1015,7 +1015,7 @@ def main(argv=None):
         p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="of the convs (auto: bf16 where the device has units for it)")
         p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="what generates with torch.compile, for minutes (on CUDA, for bench and 1000 images or more)")
+                       help="compile what generates, which takes minutes (on CUDA: for bench, and for 1000 images or more)")
         p.add_argument("--dae", help="autoencoder file, instead of the one in the checkpoint")
         p.add_argument("--seed", type=whole, default=0, help="of the noise (0)")
         if out:

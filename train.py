@@ -672,8 +672,8 @@ def on_host(state):
 
 
 def compiled(function, graphs=False):
-    """torch.compile(function); where the compiler fails, which is then said, the function as it was. graphs: it maps tensors
-    to one tensor, and its many kernels are launched at once, as CUDA graphs."""
+    """torch.compile(function) for inputs of one size. Where the compiler fails, it says so, and the function stays as it was.
+    graphs: launch its many kernels at once, as CUDA graphs; it must return one tensor."""
     fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
     def call(*inputs, **options):
@@ -1164,7 +1164,7 @@ def train_lvae(config, ae, train, held, classes, state, newest, init, run, devic
     if run.compile == "auto":                                  # it takes minutes
         run.compile = "yes" if device.type == "cuda" and config.steps - step >= 500 else "no"
     if run.compile == "yes":
-        model.forward = compiled(model.forward)                # not model.compile(): this falls back
+        model.forward = compiled(model.forward)
     describe(run, config, ae, train, held, device, dtype, sum(p.numel() for p in model.parameters()))
 
     def save():
