@@ -3,6 +3,7 @@
 They hold the models against reference values computed with the original code, check the mathematics against independent
 implementations, and run the command lines as a user would, with good input and with bad.
 """
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -1174,6 +1175,10 @@ def test_compiling():
         with folder():
             path = trained("--precision", "fp32")
             quiet(sample.main, "generate", path, "--n", "7", "--batch", "7", "--out", "a.png", "--precision", "fp32")
+            sampler = sample.Sampler(path)
+            sampler.compile()
+            parts = sample.draw_all(sampler, argparse.Namespace(batch=3, seed=0), 7, np.zeros(7, int), {})
+            assert [(len(numbers), len(images)) for numbers, images in parts] == [(3, 3), (3, 3), (1, 1)]
             del calls[:]
             said = quiet(sample.main, "generate", path, "--n", "7", "--batch", "3", "--compile", "--out", "b.png", "--precision", "fp32")
             assert calls == ["reduce-overhead"] * 2 and "float32, compiled" in said
