@@ -1177,7 +1177,8 @@ def test_compiling():
             quiet(sample.main, "generate", path, "--n", "7", "--batch", "7", "--out", "a.png", "--precision", "fp32")
             sampler = sample.Sampler(path)
             sampler.compile()
-            parts = sample.draw_all(sampler, argparse.Namespace(batch=3, seed=0), 7, np.zeros(7, int), {})
+            with contextlib.redirect_stderr(io.StringIO()):
+                parts = list(sample.draw_all(sampler, argparse.Namespace(batch=3, seed=0), 7, np.zeros(7, int), {}))
             assert [(len(numbers), len(images)) for numbers, images in parts] == [(3, 3), (3, 3), (1, 1)]
             del calls[:]
             said = quiet(sample.main, "generate", path, "--n", "7", "--batch", "3", "--compile", "--out", "b.png", "--precision", "fp32")
