@@ -597,7 +597,7 @@ class LVAE(nn.Module):
                                  f"expected {(n, self.config.data_channels, h, w)}")
             x = self.low_res_proj(low_res if guidance is None else torch.cat([low_res, low_res]))
         else:
-            x = self.initial.expand(streams, -1, -1, -1)       # (B, c, 1, 1); the hidden state stays fp32 under autocast
+            x = self.initial.expand(streams, -1, -1, -1)       # (B, c, 1, 1); fp32 under autocast, up to a conv between levels
         latents = []
         for level, layers in enumerate(self.levels):
             given = None if evidence is None else (evidence[0][-1 - level], evidence[1])

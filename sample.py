@@ -75,7 +75,7 @@ class Sampler:
                 if self.upsampler.config.upsample else "not an upsampler"))
 
     def compile(self):
-        """Compile what generates, for one size of batch: minutes that pay for themselves after some thousand images."""
+        """Compile what generates, for one size of batch and one setting of guidance: it takes minutes."""
         self.is_compiled = True
         self.model.generate, self.dae.decode = (compiled(f, graphs=True) for f in (self.model.generate, self.dae.decode))
         if self.upsampler:
@@ -140,7 +140,7 @@ class Sampler:
     def decode(self, x):
         """Normalised latents (B, C, h, w) -> uint8 images (B, H, W, 3). A few at a time: decoding is what takes memory, and a
         CPU is fastest at what fits its caches."""
-        pixels = (1 if self.device.type == "cpu" else 16) * 256 ** 2
+        pixels = {"cpu": 1, "cuda": 16}.get(self.device.type, 4) * 256 ** 2
         parts = x.split(max(1, pixels // (x.shape[2] * x.shape[3] * self.dae.config.f ** 2)))
         with autocast(self.device, self.dtype):
             return np.concatenate([to_uint8(self.dae.decode(part * self.config.scale + self.config.shift)) for part in parts])
@@ -399,7 +399,7 @@ def draw_all(sampler, args, n, labels, guidance):
     rank, count = world()
     for start in tqdm(range(0, n, args.batch)[rank::count], desc="sampling", unit="batch", disable=n <= args.batch or rank > 0):
         numbers = np.arange(start, min(start + args.batch, n))
-        drawn = np.resize(numbers, args.batch) if sampler.is_compiled else numbers          # compiled for whole batches
+        drawn = np.resize(numbers, min(n, args.batch)) if sampler.is_compiled else numbers  # compiled for batches of one size
         label = None if labels is None else torch.from_numpy(labels[drawn]).to(sampler.device)
         yield numbers, sampler.draw(args.seed, drawn, label, **guidance)[:len(numbers)]
 
@@ -1015,7 +1015,7 @@ def main(argv=None):
         p.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                        help="of the convs (auto: bf16 where the device has units for it)")
         p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="compile what generates, which takes minutes (on CUDA: for bench, and for 1000 images or more)")
+                       help="compile what generates images, which takes minutes (on CUDA: for bench, and to generate 1000 or more)")
         p.add_argument("--dae", help="autoencoder file, instead of the one in the checkpoint")
         p.add_argument("--seed", type=whole, default=0, help="of the noise (0)")
         if out:

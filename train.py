@@ -594,7 +594,7 @@ def keep_memory():
         with contextlib.suppress(AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)                                     # M_MMAP_MAX: large blocks are of the heap too ...
-            mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD: ... which keeps 2 GiB
+            mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD: ... of which up to 2 GiB may stay free
 
 
 def pick_dtype(device, precision):
@@ -672,9 +672,13 @@ def on_host(state):
 
 
 def compiled(function, graphs=False):
-    """torch.compile(function) for inputs of one size. Where the compiler fails, it says so, and the function stays as it was.
+    """torch.compile(function) for inputs of one size. Where its forward does not compile, that is said and it runs as it was.
     graphs: launch its many kernels at once, as CUDA graphs; it must return one tensor."""
-    fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else "default")
+    try:
+        fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else "default")
+    except RuntimeError as e:                                  # a Python that this torch cannot compile for
+        say(f"not compiled after all: {str(e).strip().splitlines()[0]}")
+        return function
 
     def call(*inputs, **options):
         nonlocal fast
@@ -702,8 +706,10 @@ def seed_step(seed, step):
 
 
 def synchronize(device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def seconds_per_call(function, device, budget, typical=np.median):
@@ -906,7 +912,7 @@ def encode_images(ae, images, run, name, device, dtype):
         cache.flush()
         write(notes_path, lambda file: file.write(json.dumps({**notes, "bad": images.bad}).encode()))
 
-    pixels, threads = (64 ** 3, 1) if device.type == "cpu" else (64 ** 3 * 16, os.cpu_count())     # on a CPU encoding needs the cores
+    pixels, threads = (64 ** 3 * 4, min(16, os.cpu_count() or 1)) if device.type == "cuda" else (64 ** 3, 1)
     batch, saved = max(1, min(64, pixels // images.size ** 2)), time.time()
 
     def read(start):
