@@ -682,8 +682,6 @@ def compiled(function, graphs=False):
 
     def call(*inputs, **options):
         nonlocal fast
-        if fast is function:
-            return function(*inputs, **options)
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
@@ -691,7 +689,7 @@ def compiled(function, graphs=False):
         except torch._dynamo.exc.TorchDynamoException as e:
             say(f"not compiled after all: {str(e).strip().splitlines()[0]}")
             fast = function
-            return call(*inputs, **options)
+            out = fast(*inputs, **options)
         return out.clone() if graphs else out                  # the next run of a graph writes over what this one gave
     return call
 
