@@ -24,8 +24,10 @@ import hashlib
 import itertools
 import os
 import sys
+import time
 import zipfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,34 +36,32 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from train import (Parser, UserError, autocast, barrier, cli, compiled, count_flops, grid, guidance_levels, join,
-                   load_checkpoint, matmul_rate, open_images, pick_device, pick_dtype, place, read_image, reserve,
-                   seconds_per_call, to_tensor, to_uint8, toy_images, world, write)
+from train import (Parser, barrier, cli, grid, load_checkpoint, open_images, place, read_image, reserve, setup, to_tensor,
+                   to_uint8, world)
 
 # ---------------------------------------------------------------- the model
-
 
 class Sampler:
     """A checkpoint's EMA weights and autoencoder, on a device: noise, labels or images in, uint8 images out."""
 
     def __init__(self, path, device="auto", precision="auto", dae=None, upsampler=None, state=None):
         state = state or load_checkpoint(path)
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(self.device, precision)
+        self.device, self.dtype = setup(device, precision)
         self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
         self.folders = self.classes = state["classes"]         # the names of the folders that it was trained on, if any
         synsets = all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in self.folders)
         if self.config.num_classes == 1000 and synsets and (self.folders or self.dataset == "imagenet"):
-            self.classes = IMAGENET_CLASSES
+            with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "imagenet_classes.txt")) as file:
+                self.classes = file.read().splitlines()
         self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
         if dae or state["dae"]:
             self.dae = daes.load(dae) if dae else daes.from_state(state["dae"], path)
         elif self.config.first_stage == "none":
             self.dae = daes.Identity()
         else:
-            raise UserError(f"{path} was trained on latents and holds no autoencoder: name one with --dae FILE")
+            raise ValueError(f"{path} was trained on latents and holds no autoencoder: name one with --dae FILE")
         if self.dae.config.z_channels != self.config.data_channels:
-            raise UserError(f"the autoencoder's latents have {self.dae.config.z_channels} channels, the model's "
+            raise ValueError(f"the autoencoder's latents have {self.dae.config.z_channels} channels, the model's "
                             f"{self.config.data_channels}")
         for module in (self.model, self.dae):
             place(module, self.device, self.dtype).requires_grad_(False)
@@ -70,14 +70,14 @@ class Sampler:
         self.sides = lvae.resolutions(self.config)[::-1]                      # of the levels, coarsest first
         self.upsampler = Sampler(upsampler, device, precision) if upsampler else None
         if upsampler and self.upsampler.size != self.size * self.upsampler.config.upsample:
-            raise UserError(f"--upsampler {upsampler}: " + (
+            raise ValueError(f"--upsampler {upsampler}: " + (
                 f"it enlarges images of {self.upsampler.size // self.upsampler.config.upsample} pixels, {path} makes {self.size}"
                 if self.upsampler.config.upsample else "not an upsampler"))
 
     def compile(self):
         """Compile what generates, for one size of batch and one setting of guidance: it takes minutes."""
         self.is_compiled = True
-        self.model.generate, self.dae.decode = (compiled(f, graphs=True) for f in (self.model.generate, self.dae.decode))
+        self.model.generate, self.dae.decode = (compiled(f) for f in (self.model.generate, self.dae.decode))
         if self.upsampler:
             self.upsampler.compile()
 
@@ -120,20 +120,20 @@ class Sampler:
     @torch.no_grad()
     def images(self, noise, label, **options):
         """Noise (and labels (B,), or None) -> uint8 images (B, H, W, 3)."""
-        with autocast(self.device, self.dtype):
+        with lvae.autocast(self.device, self.dtype):
             return self.decode(self.model.generate(noise, label, **options))
 
     @torch.no_grad()
     def latents(self, images):
         """uint8 (B, H, W, 3) -> normalised latents (B, C, h, w)."""
-        with autocast(self.device, self.dtype):
+        with lvae.autocast(self.device, self.dtype):
             h = self.dae.encode(to_tensor(images).to(self.device))
-        return ((h - self.config.shift) / self.config.scale).clamp(-4, 4)
+        return lvae.normalise(h, self.config)
 
     @torch.no_grad()
     def posterior(self, x, label):
         """Latents x (B, C, h, w) -> the whitened noise of the posterior's means, a list of (B, z, h, w)."""
-        with autocast(self.device, self.dtype):
+        with lvae.autocast(self.device, self.dtype):
             return self.model.encode(x, label, self.means(len(x)))
 
     @torch.no_grad()
@@ -142,14 +142,14 @@ class Sampler:
         CPU is fastest at what fits its caches."""
         pixels = {"cpu": 1, "cuda": 16}.get(self.device.type, 4) * 256 ** 2
         parts = x.split(max(1, pixels // (x.shape[2] * x.shape[3] * self.dae.config.f ** 2)))
-        with autocast(self.device, self.dtype):
-            return np.concatenate([to_uint8(self.dae.decode(part * self.config.scale + self.config.shift)) for part in parts])
+        with lvae.autocast(self.device, self.dtype):
+            return np.concatenate([to_uint8(self.dae.decode(lvae.denormalise(part, self.config))) for part in parts])
 
     def label(self, text):
         """A class by its name, a unique beginning of it, or its number; 'none' is no label."""
         count = self.config.num_classes
         if not count:
-            raise UserError("--label: this model is unconditional")
+            raise ValueError("--label: this model is unconditional")
         for known in (self.classes, self.folders, [name.lower() for name in self.classes]):
             for spelled in (text, text.lower()):
                 if spelled in known:
@@ -162,7 +162,7 @@ class Sampler:
         if len(starts) == 1:
             return starts[0]
         names = [self.classes[i] for i in starts] or self.classes
-        raise UserError(f"--label {text}: {'fits several classes' if starts else 'no such class'}; expected 0 to {count - 1}, none"
+        raise ValueError(f"--label {text}: {'fits several classes' if starts else 'no such class'}; expected 0 to {count - 1}, none"
                         + (f", or one of {', '.join(names[:20])}{' ...' * (len(names) > 20)}" if names else ""))
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class Sampler:
         """The class under which the latents x (1, C, h, w) cost the fewest nats: the encoder needs some label."""
         count = self.config.num_classes
         x = x.expand(count, -1, -1, -1)
-        with autocast(self.device, self.dtype):
+        with lvae.autocast(self.device, self.dtype):
             out = self.model(x, torch.arange(count, device=self.device), self.means(count))
         return int((lvae.distortions(out, x, self.config) + out.kl.sum(0)).argmin())
 
@@ -178,21 +178,19 @@ class Sampler:
         return ("no label" if label == self.config.num_classes else
                 self.classes[label] if label < len(self.classes) else str(label))
 
-
 def make_sampler(args, upsamples=False):
     """The sampler of the command line. upsamples: the command can use a model that only enlarges images."""
     sampler = Sampler(args.checkpoint, args.device, args.precision, args.dae, getattr(args, "upsampler", None))
     if sampler.config.upsample and not upsamples:
-        raise UserError("this checkpoint is an upsampler, which draws no image by itself: pass it as --upsampler to generate")
+        raise ValueError("this checkpoint is an upsampler, which draws no image by itself: pass it as --upsampler to generate")
     set_up(sampler, args, many=args.command == "generate" and (args.n or 0) >= 1000)
     return sampler
-
 
 def set_up(sampler, args, many):
     """Compile if asked to, or on CUDA if there are `many` images to make, and print what the sampler runs on."""
     device = sampler.device
     if args.compile and device.type == "xla":
-        raise UserError("--compile is not for XLA devices, which compile by themselves")
+        raise ValueError("--compile is not for XLA devices, which compile by themselves")
     if args.compile or args.compile is None and many and device.type == "cuda":
         sampler.compile()
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else (
@@ -201,53 +199,46 @@ def set_up(sampler, args, many):
         print(f"{args.command}: on {kind}, convs in {str(sampler.dtype).removeprefix('torch.')}, "
               f"{'' if sampler.is_compiled else 'not '}compiled", flush=True)
 
-
 def check_guidance(sampler, args):
     """Command-line guidance -> keyword arguments of `generate`. A model of ImageNet has the paper's setting by default."""
     if args.mean_guidance is None and args.variance_guidance is None and sampler.papers_guidance and args.label != ["none"]:
-        args.mean_guidance, args.variance_guidance = guidance_levels(sampler.config, 1.5), [3.0]
+        args.mean_guidance, args.variance_guidance = lvae.guidance_levels(sampler.config, 1.5), [3.0]
     weights = {}
     for name in ("mean_guidance", "variance_guidance"):
         values = getattr(args, name) or [0.0]
         if len(values) not in (1, len(sampler.sides)):
-            raise UserError(f"--{name.replace('_', '-')} takes one number or one per level ({len(sampler.sides)}: "
+            raise ValueError(f"--{name.replace('_', '-')} takes one number or one per level ({len(sampler.sides)}: "
                             f"{', '.join(f'{r}x{r}' for r in sampler.sides)}), not {len(values)}")
         weights[name] = values * (len(sampler.sides) if len(values) == 1 else 1)
     if any(weights["mean_guidance"] + weights["variance_guidance"]):
         if not sampler.can_guide:
-            raise UserError("guidance needs a class-conditional model with a hierarchical prior; this one is "
+            raise ValueError("guidance needs a class-conditional model with a hierarchical prior; this one is "
                             + ("without that prior" if sampler.config.num_classes else "unconditional"))
         if args.label == ["none"]:
-            raise UserError("guidance needs a label other than none")
+            raise ValueError("guidance needs a label other than none")
     return weights | {"temperature": args.temperature}
-
 
 def wanted_classes(sampler, args):
     """The classes of --label, or all of them."""
     return [sampler.label(text) for text in args.label] if args.label else list(range(sampler.config.num_classes))
 
-
 def even_labels(classes, n):
     """n labels, as even as can be, class after class; None without classes."""
     return np.array(classes)[np.sort(np.arange(n) % len(classes))] if classes else None
 
-
 # ---------------------------------------------------------------- images in, pictures out
-
 
 def check_name(path, *kinds):
     """Refuse a file's name before the work that would fill it."""
     if path and not path.lower().endswith(kinds):
-        raise UserError(f"{path}: expected a name that ends in {' or '.join(kinds)}")
-
+        raise ValueError(f"{path}: expected a name that ends in {' or '.join(kinds)}")
 
 def save_grid(path, rows, smallest=128, **names):
     """Save a grid; images smaller than `smallest` pixels are enlarged by a whole factor, to be seen from afar."""
     scale = max(1, -(-smallest // min(image.shape[0] for row in rows for image in row)))
     picture = grid([[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
     kind = {".jpg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
-    write(path, lambda f: picture.save(f, kind))
-
+    daes.write(path, lambda f: picture.save(f, kind))
 
 def save_plot(path, draw):
     """Call draw(axes) and save the curves or bars, where matplotlib is installed."""
@@ -259,9 +250,8 @@ def save_plot(path, draw):
         return
     figure = Figure((8, 4.5), layout="constrained")
     draw(figure.add_subplot())
-    write(path, lambda f: FigureCanvasAgg(figure).print_png(f))
+    daes.write(path, lambda f: FigureCanvasAgg(figure).print_png(f))
     print(path)
-
 
 def read_photos(sampler, paths, label=None):
     """Image files -> uint8 images, their latents x (B, C, h, w) and labels (B,) or None. Bad files are named and skipped.
@@ -278,7 +268,7 @@ def read_photos(sampler, paths, label=None):
         folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
         labels.append(sampler.label(label) if label else sampler.folders.index(folder) if folder in sampler.folders else None)
     if not images:
-        raise UserError("no usable image")
+        raise ValueError("no usable image")
     x = torch.cat([sampler.latents(images[i:i + 4]) for i in range(0, len(images), 4)])
     count = sampler.config.num_classes
     if not count:
@@ -290,18 +280,15 @@ def read_photos(sampler, paths, label=None):
     labels = [known if known is not None else count if count > 100 else sampler.likeliest(x[i:i + 1]) for i, known in enumerate(labels)]
     return images, x, torch.tensor(labels, device=sampler.device)
 
-
 def find_images(sampler, path):
     """The images of --data, or of the data that the model was trained on."""
     if path is None and sampler.data is None:
-        raise UserError("name a folder of images with --data ('toy' is the built-in scenes)")
+        raise ValueError("name a folder of images with --data ('toy' is the built-in scenes)")
     path = sampler.data if path is None else path
     return open_set(path, sampler.out_size)
 
-
 def open_set(path, size):
-    return toy_images(size) if path in ("toy", "") else open_images(path, size)
-
+    return open_images(path, size)
 
 def batches(images, batch, limit=None, what="images", quiet=False):
     """(Indices, uint8 images) of every batch of good images, or of `limit` of them, evenly spaced."""
@@ -310,7 +297,6 @@ def batches(images, batch, limit=None, what="images", quiet=False):
         good = [(i, image) for i in rows[start:start + batch] if (image := images.read(i)) is not None]
         if good:
             yield np.array([i for i, _ in good]), [image for _, image in good]
-
 
 def labels_of(sampler, images):
     """The model's labels of a set of images (N,), or None for an unconditional model. Without sub-folders, the folder's name is
@@ -323,13 +309,11 @@ def labels_of(sampler, images):
     if images.classes == sampler.folders or (not sampler.folders and len(images.classes) <= sampler.config.num_classes and images.classes):
         return images.labels
     if not images.classes or not set(images.classes) <= set(sampler.folders):
-        raise UserError("the images' classes (sub-folders) are not those of the model: "
+        raise ValueError("the images' classes (sub-folders) are not those of the model: "
                         f"{', '.join(images.classes[:5]) or 'none'}, expected {', '.join(sampler.folders[:5]) or sampler.config.num_classes} ...")
     return np.array([sampler.folders.index(c) for c in images.classes])[images.labels]
 
-
 # ---------------------------------------------------------------- generate
-
 
 def generate(args):
     """Draw samples: a grid to look at, an .npz for metrics, or a folder of PNGs."""
@@ -343,7 +327,6 @@ def generate(args):
     n = args.n or (8 * min(len(classes), 10) if classes else 16)
     labels = even_labels(classes, n)
     out = args.out or (None if args.npz or args.png_dir else "samples.png")
-    join(sampler.device)
     rank = world()[0]
     # Images go through a file, in which several processes can work. In the .npz the classes are shuffled, because the Inception
     # Score is taken over consecutive parts.
@@ -372,7 +355,7 @@ def generate(args):
             if classes:
                 shuffled["arr_1"] = np.empty(n, np.int64)
                 shuffled["arr_1"][place] = labels
-            write(args.npz, lambda f: np.savez(f, arr_0=array, **shuffled))
+            daes.write(args.npz, lambda f: np.savez(f, arr_0=array, **shuffled))
             print(f"{args.npz}: {n} images {array.shape[1:]}" + (", labels" if classes else ""))
         shown = [np.array(array[at]) for at in place[:args.grid]] if out else []
     finally:
@@ -393,7 +376,6 @@ def generate(args):
     if args.png_dir:
         print(f"{args.png_dir}: {n} PNG files")
 
-
 def draw_all(sampler, args, n, labels, guidance):
     """(Numbers, uint8 images) of every batch of samples 0 .. n - 1; under torchrun, of this process's share of the batches."""
     rank, count = world()
@@ -403,13 +385,10 @@ def draw_all(sampler, args, n, labels, guidance):
         label = None if labels is None else torch.from_numpy(labels[drawn]).to(sampler.device)
         yield numbers, sampler.draw(args.seed, drawn, label, **guidance)[:len(numbers)]
 
-
 # ---------------------------------------------------------------- manipulation (Section 5)
-
 
 def psnr(a, b):
     return 10 * np.log10(255 ** 2 / max(np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2), 1e-9))
-
 
 def reconstruct(args):
     """Images above what the autoencoder, and the autoencoder with the LVAE, make of them; with --groups k also what the first k
@@ -418,7 +397,7 @@ def reconstruct(args):
     sampler = make_sampler(args, upsamples=True)
     total = sum(sampler.config.groups)
     if any(k > total for k in args.groups):
-        raise UserError(f"--groups: this model has {total} latent groups, not {max(args.groups)}")
+        raise ValueError(f"--groups: this model has {total} latent groups, not {max(args.groups)}")
     originals, x, label = read_photos(sampler, args.images, args.label)
     names = ["original", "autoencoder", "+ LVAE"] + [f"first {k} of {total}" for k in args.groups]
     rows = [originals] + [[] for _ in names[1:]]
@@ -426,7 +405,7 @@ def reconstruct(args):
         part, numbers = x[start:start + args.batch], np.arange(start, min(start + args.batch, len(x)))
         low_res = lvae.shrink(part, sampler.config) if sampler.config.upsample else None
         some = None if label is None else label[start:start + args.batch]
-        with torch.no_grad(), autocast(sampler.device, sampler.dtype):
+        with torch.no_grad(), lvae.autocast(sampler.device, sampler.dtype):
             noise = sampler.model.encode(part, some, sampler.means(len(part)), low_res)
         rows[1].extend(sampler.decode(part))
         rows[2].extend(sampler.images(noise, some, low_res=low_res))
@@ -437,7 +416,6 @@ def reconstruct(args):
     save_grid(args.out, [rows[i] for i in shown], row_names=[names[i] for i in shown])
     print(f"{args.out}: {len(originals)} images, PSNR of the reconstructions {psnr(originals, rows[2]):.2f} dB")
 
-
 def interpolate(args):
     """Figure 5: a path from one image to another through whitened noise. The ends are the images' reconstructions.
 
@@ -446,11 +424,11 @@ def interpolate(args):
     """
     check_name(args.out, ".png", ".jpg", ".webp")
     if args.steps < 2:
-        raise UserError("--steps counts the generated images, ends included: 2 or more")
+        raise ValueError("--steps counts the generated images, ends included: 2 or more")
     sampler = make_sampler(args)
     originals, x, label = read_photos(sampler, [args.a, args.b], args.label)
     if len(originals) < 2:
-        raise UserError("interpolation needs two usable images")
+        raise ValueError("interpolation needs two usable images")
     noise, steps = sampler.posterior(x, label), torch.linspace(0, 1, args.steps, device=sampler.device)
     path = [torch.stack([torch.lerp(eps[0], eps[1], t) for t in steps]) for eps in noise]
     embedded = None
@@ -463,20 +441,18 @@ def interpolate(args):
     print(f"{args.out}: A, {args.steps} steps, B; PSNR of the ends {psnr(originals[0], images[0]):.2f} and "
           f"{psnr(originals[1], images[-1]):.2f} dB")
 
-
 def channel_kl(sampler, x, label):
     """Mean KL of every latent group's channels over latents x (B, C, h, w): a list of (z,), nats, summed over positions."""
-    with torch.no_grad(), autocast(sampler.device, sampler.dtype):
+    with torch.no_grad(), lvae.autocast(sampler.device, sampler.dtype):
         out = sampler.model(x, label)
     return [lvae.gaussian_kl(l.posterior, l.prior).sum((2, 3)).mean(0) for l in out.latents], out
-
 
 def manifold(args):
     """Figure 4: the most active channel of each of the first two 1x1 groups, swept over linspace(-2.25, 2.25), all else fixed."""
     check_name(args.out, ".png", ".jpg", ".webp")
     sampler = make_sampler(args)
     if sampler.sides[0] > 1 or sampler.config.groups[-1] < 2:
-        raise UserError("the manifold needs two latent groups at 1x1, and this model has fewer")
+        raise ValueError("the manifold needs two latent groups at 1x1, and this model has fewer")
     label = sampler.label(args.label or "0") if sampler.config.num_classes else None
     torch.manual_seed(args.seed)
     kl = torch.zeros(2, sampler.config.z_dim, device=sampler.device)
@@ -491,7 +467,7 @@ def manifold(args):
         for start in range(0, 128, args.batch):
             numbers = np.arange(start, min(start + args.batch, 128))
             some_labels = None if label is None else torch.full((len(numbers),), label, device=sampler.device)
-            with autocast(sampler.device, sampler.dtype):
+            with lvae.autocast(sampler.device, sampler.dtype):
                 x = sampler.model.generate(sampler.noise(args.seed, numbers), some_labels)
             kl += len(numbers) * torch.stack(channel_kl(sampler, x, some_labels)[0][:2])
     across, down = kl.argmax(1).tolist()
@@ -510,7 +486,6 @@ def manifold(args):
     print(f"{args.out}: group 1, channel {across} across ({share[0]:.0%} of the group's KL); group 2, channel {down} down "
           f"({share[1]:.0%}); KL over {source}" + (f"; class {sampler.name(label)}" if label is not None else ""))
 
-
 def outpaint(args):
     """Figure 6: the latents of every level from 4x4 up are widened with fresh noise, the 1x1 groups are kept."""
     check_name(args.out, ".png", ".jpg", ".webp")
@@ -518,7 +493,7 @@ def outpaint(args):
     downwards = args.direction in ("down", "up")
     tall, wide = args.height or (2 if downwards else 1), args.width or (1 if downwards else 2)
     originals, x, label = read_photos(sampler, [args.image], args.label)
-    with torch.no_grad(), autocast(sampler.device, sampler.dtype):
+    with torch.no_grad(), lvae.autocast(sampler.device, sampler.dtype):
         latents = sampler.model(x, label, sampler.means(1)).latents
     size = (tall * sampler.config.resolution, wide * sampler.config.resolution)
     # Where the image stands: its offset, in images.
@@ -548,9 +523,7 @@ def outpaint(args):
           f"{np.mean([psnr(k, originals[0]) for k in kept]):.2f} dB to the image, whose reconstruction has "
           f"{psnr(reconstruction, originals[0]):.2f} dB")
 
-
 # ---------------------------------------------------------------- the rate of every group
-
 
 def rates(args):
     """KL of every latent group and level beside its target share, distortion, negative ELBO and active channels, on data."""
@@ -568,7 +541,7 @@ def rates(args):
         distortion += float(lvae.distortions(out, x, config).sum())
         count += len(x)
     if not count:
-        raise UserError("no usable image")
+        raise ValueError("no usable image")
     kl = (per_channel / count).cpu().numpy()
     group_kl, distortion, target = kl.sum(1), distortion / count, lvae.kl_shares(config).numpy()
     share, rate = 100 * group_kl / max(group_kl.sum(), 1e-9), group_kl.sum()
@@ -603,11 +576,9 @@ def rates(args):
         axes.legend()
     save_plot(args.out, draw)
 
-
 # ---------------------------------------------------------------- metrics
 
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-
 
 class Network:
     """A TorchScript network that gives images their features, and classes their probabilities if it can.
@@ -618,7 +589,7 @@ class Network:
 
     def __init__(self, path, device, resize):
         if not path:
-            raise UserError(f"name a TorchScript network with --features FILE; the usual one: {NETWORK}")
+            raise ValueError(f"name a TorchScript network with --features FILE; the usual one: {NETWORK}")
         try:
             self.net = torch.jit.load(path, map_location=device).eval()
             self.both = {"return_features", "no_output_bias"} <= {a.name for a in self.net.forward.schema.arguments}
@@ -626,7 +597,7 @@ class Network:
                 self.digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
                     hashlib.sha256(file.read()).hexdigest()
         except (OSError, ValueError, RuntimeError) as e:
-            raise UserError(f"{path}: not a TorchScript network ({str(e).splitlines()[0][:120]})") from None
+            raise ValueError(f"{path}: not a TorchScript network ({str(e).splitlines()[0][:120]})") from None
         self.path, self.device, self.resize, self.kind = path, device, resize, torch.float32 if resize else torch.uint8
 
     @torch.no_grad()
@@ -639,12 +610,12 @@ class Network:
             out = self.apply(x, return_features=True) if self.both else self.apply(x)
             logits = self.apply(x, no_output_bias=True) if self.both and probabilities else None
         except RuntimeError as e:
-            raise UserError(f"{self.path}: cannot be applied to {x.shape[2]}x{x.shape[3]} images; --resize gives others "
+            raise ValueError(f"{self.path}: cannot be applied to {x.shape[2]}x{x.shape[3]} images; --resize gives others "
                             f"({str(e).strip().splitlines()[-1][:120]})") from None
         if isinstance(out, (tuple, list)) and len(out):
             out, logits = out[0], out[1] if len(out) > 1 else None
         if not torch.is_tensor(out) or len(out) != len(x) or not out.isfinite().all():
-            raise UserError(f"{self.path}: gives no finite features (B, D), or a tuple that begins with them")
+            raise ValueError(f"{self.path}: gives no finite features (B, D), or a tuple that begins with them")
         if logits is not None and probabilities:
             p = logits.float()
             certain = bool((p >= 0).all()) and bool(((p.sum(1) - 1).abs() < 1e-3).all())
@@ -662,7 +633,6 @@ class Network:
             self.kind = other
             return out
 
-
 def resize_as_tensorflow(x, size):
     """Bilinear with corners as TensorFlow 1 had them, source = target x scale, no antialias: x (B, C, H, W) -> (B, C, size, size)."""
     for dim in (2, 3):
@@ -672,12 +642,10 @@ def resize_as_tensorflow(x, size):
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight.to(x.dtype))
     return x
 
-
 def moments(features):
     """Mean and unbiased covariance of features (N, D), float64."""
     features = features.astype(np.float64)
     return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
-
 
 def frechet(mu1, sigma1, mu2, sigma2):
     """Fréchet distance of two Gaussians: |mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½) (Heusel et al., 2017).
@@ -690,7 +658,6 @@ def frechet(mu1, sigma1, mu2, sigma2):
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0).sqrt().sum()
     return max(0.0, float(np.square(mu1 - mu2).sum() + s1.trace() + s2.trace() - 2 * cross))
 
-
 def inception_score(probabilities, split=5000):
     """exp of the mean KL between each image's class probabilities (N, K) and the split's mean, averaged over consecutive splits
     of 5000, as the guided-diffusion evaluator does (Salimans et al., 2016)."""
@@ -700,11 +667,9 @@ def inception_score(probabilities, split=5000):
         scores.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
     return float(np.mean(scores))
 
-
 def squared_distances(a, b):
     """(N, D) and (M, D) float64 -> (N, M)."""
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
-
 
 def precision_recall(reference, samples, k=3, device="cpu"):
     """Share of samples within the k-nearest-neighbour balls of the reference, and the reverse (Kynkäänniemi et al., 2019).
@@ -715,9 +680,7 @@ def precision_recall(reference, samples, k=3, device="cpu"):
     within = lambda points, centres, r: torch.cat([(squared_distances(p, centres) <= r).any(1) for p in points.split(1000)])
     return float(within(b, a, radius[0]).double().mean()), float(within(a, b, radius[1]).double().mean())
 
-
 BROKEN = OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error   # what a damaged .npz provokes
-
 
 def npz_images(path):
     """arr_0 of an .npz, (N, H, W, 3) uint8 -> (shape, a function of a batch size that reads it piece by piece)."""
@@ -730,7 +693,7 @@ def npz_images(path):
     with member() as file:
         shape, fortran, dtype = header(file)
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
-        raise UserError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
+        raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
 
     def read(batch):
         try:
@@ -740,9 +703,8 @@ def npz_images(path):
                     n = min(batch, shape[0] - start)
                     yield np.frombuffer(file.read(n * int(np.prod(shape[1:]))), np.uint8).reshape(n, *shape[1:])
         except BROKEN as e:
-            raise UserError(f"{path}: arr_0 is damaged ({e})") from None
+            raise ValueError(f"{path}: arr_0 is damaged ({e})") from None
     return shape, read
-
 
 def side_of(path):
     """The side of a set of images, in pixels: of arr_0 of an .npz (None without), or of a folder's first image (its short one)."""
@@ -754,8 +716,7 @@ def side_of(path):
     for name in open_images(path, 256).names:
         with contextlib.suppress(Exception), Image.open(name) as image:       # an LMDB's names are not files
             return min(image.size)
-    raise UserError(f"{path}: the images' size cannot be told: pass --image-size")
-
+    raise ValueError(f"{path}: the images' size cannot be told: pass --image-size")
 
 def measured(parts, network, total):
     """Batches of images -> what is known of them: features, moments and class probabilities."""
@@ -765,14 +726,13 @@ def measured(parts, network, total):
         features.append(f)
         probabilities.append(p)
     if not features:
-        raise UserError("no usable image")
+        raise ValueError("no usable image")
     features = np.concatenate(features)
     if len(features) < 2:
-        raise UserError("statistics need two images or more")
+        raise ValueError("statistics need two images or more")
     mu, sigma = moments(features)
     known = {} if probabilities[0] is None else {"probabilities": np.concatenate(probabilities)}
     return dict(mu=mu, sigma=sigma, features=features) | known
-
 
 def statistics(path, network, args, size=None):
     """What is known of the images of an .npz or a folder, from the cache if they were measured before. An evaluator's reference
@@ -786,13 +746,13 @@ def statistics(path, network, args, size=None):
             if "arr_0" in arrays:
                 shape, read = npz_images(path)
         except BROKEN as e:
-            raise UserError(f"{path}: cannot be read as .npz ({str(e).splitlines()[0]})") from None
+            raise ValueError(f"{path}: cannot be read as .npz ({str(e).splitlines()[0]})") from None
         mu, sigma = given.get("mu", np.zeros(1)), given.get("sigma", np.zeros((1, 1)))
         if sigma.shape != mu.shape * 2 or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
-            raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean (D,) and covariance (D, D)")
+            raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean (D,) and covariance (D, D)")
         if "arr_0" not in arrays:
             if not {"mu", "sigma"} <= given.keys():
-                raise UserError(f"{path}: expected arr_0 (images) or mu and sigma, found {', '.join(arrays) or 'nothing'}")
+                raise ValueError(f"{path}: expected arr_0 (images) or mu and sigma, found {', '.join(arrays) or 'nothing'}")
             return given
         state = os.stat(path)
         fingerprint, parts, total = (path, state.st_size, state.st_mtime_ns), read(args.batch), -(-shape[0] // args.batch)
@@ -809,9 +769,8 @@ def statistics(path, network, args, size=None):
         found = measured(parts, network, total)
         if "probabilities" in found and not path.endswith(".npz"):            # of a folder, which is sorted: shuffled for the splits
             found["probabilities"] = np.random.default_rng(0).permutation(found["probabilities"])
-        write(cached, lambda f: np.savez(f, **found))
+        daes.write(cached, lambda f: np.savez(f, **found))
     return found | given
-
 
 def evaluate(args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
@@ -821,26 +780,28 @@ def evaluate(args):
     """
     check_name(args.out, ".png")
     check_name(args.export, ".npz")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("evaluate runs in one process: start it without torchrun, on samples of `generate --npz`")
     if not args.reference and not args.export:
-        raise UserError("name what to compare with, --reference NPZ_OR_FOLDER, or a file for the statistics, --export FILE.npz")
-    network = Network(args.features, pick_device(args.device), args.resize)
+        raise ValueError("name what to compare with, --reference NPZ_OR_FOLDER, or a file for the statistics, --export FILE.npz")
+    network = Network(args.features, setup(args.device)[0], args.resize)
     if args.source.endswith(".npz") or os.path.isdir(args.source):
         given = [name for name in ("mean_guidance", "variance_guidance", "temperature", "label", "n") if getattr(args, name) is not None]
         if given:
-            raise UserError(f"--{given[0].replace('_', '-')} is for checkpoints, not for images made already")
+            raise ValueError(f"--{given[0].replace('_', '-')} is for checkpoints, not for images made already")
         sampler, settings = None, [None]
     else:
         args.checkpoint = args.source
         sampler = make_sampler(args)
         paper = sampler.papers_guidance and args.mean_guidance is None and args.variance_guidance is None and args.label != ["none"]
-        default = [guidance_levels(sampler.config, 1.5), [3.0]] if paper else [[0.0], [0.0]]
+        default = [lvae.guidance_levels(sampler.config, 1.5), [3.0]] if paper else [[0.0], [0.0]]
         settings = list(itertools.product(args.mean_guidance or default[:1], args.variance_guidance or default[1:],
                                           args.temperature or [[1.0]]))
         wanted_classes(sampler, args)
         for setting in settings:                               # mistakes now, not after hours
             check_setting(sampler, args, setting)
         if args.export and len(settings) > 1:
-            raise UserError(f"--export writes the statistics of one setting, and {len(settings)} are asked for")
+            raise ValueError(f"--export writes the statistics of one setting, and {len(settings)} are asked for")
     made = None if sampler else statistics(args.source, network, args)        # of images made already
     size = sampler.out_size if sampler else side_of(args.source)              # the reference's images get it too
     reference = statistics(args.reference, network, args, size) if args.reference else None
@@ -850,7 +811,7 @@ def evaluate(args):
         row = dict(zip(("w_mu", "w_sigma", "temperature"), [":".join(f"{v:g}" for v in value) for value in setting or ()]))
         if reference is not None:
             if found["mu"].shape != reference["mu"].shape:
-                raise UserError(f"{args.reference}: its statistics are of {len(reference['mu'])} features, --features gives {len(found['mu'])}")
+                raise ValueError(f"{args.reference}: its statistics are of {len(reference['mu'])} features, --features gives {len(found['mu'])}")
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
         if "probabilities" in found:
             row["IS"] = inception_score(found["probabilities"])
@@ -863,19 +824,17 @@ def evaluate(args):
         print("  ".join(f"{value:>12.4f}" if isinstance(value, float) else f"{value:>12}" for value in row.values()), flush=True)
         table.append(row)
         if args.export:
-            write(args.export, lambda f: np.savez(f, **found))
+            daes.write(args.export, lambda f: np.savez(f, **found))
             print(f"{args.export}: the statistics of {args.source}")
     if reference is not None and "precision" not in row:
         print("no precision and recall: they need features of more than 3 images on both sides")
     if len(table) > 1 and reference is not None:
         plot_sweep(args.out, table)
 
-
 def check_setting(sampler, args, setting):
     """One setting of guidance and temperature -> keyword arguments of `generate`."""
     return check_guidance(sampler, argparse.Namespace(
         mean_guidance=setting[0], variance_guidance=setting[1], temperature=setting[2][0], label=args.label))
-
 
 def sampled(sampler, network, args, setting):
     """What is known of a checkpoint's samples under one setting of guidance and temperature."""
@@ -886,7 +845,6 @@ def sampled(sampler, network, args, setting):
     labels = np.random.default_rng(args.seed).permutation(even_labels(classes, n)) if classes else None
     parts = (images for _, images in draw_all(sampler, args, n, labels, guidance))
     return measured(parts, network, 1)
-
 
 def plot_sweep(path, table):
     """FID against whichever setting takes most values, a curve per combination of the others."""
@@ -904,7 +862,6 @@ def plot_sweep(path, table):
         axes.set(xlabel=titles[along], ylabel="FID", title=f"FID against {titles[along]}")
         axes.legend()
     save_plot(path, draw)
-
 
 def neighbors(args):
     """Figure 8: samples, and the training images nearest to them in a feature space (by default, the autoencoder's latents)."""
@@ -925,7 +882,7 @@ def neighbors(args):
         nearest = distance.topk(min(args.neighbors, distance.shape[1]), largest=False)
         best = nearest.values, index.gather(1, nearest.indices)
     if not best[0].shape[1]:
-        raise UserError("no usable image")
+        raise ValueError("no usable image")
     rows = [[image, *(images.read(int(i)) for i in row)] for image, row in zip(drawn, best[1])]
     save_grid(args.out, rows, column_names=["sample", *(f"{i + 1}." for i in range(best[1].shape[1]))],
               row_names=None if labels is None else [sampler.name(c)[:20] for c in labels])
@@ -934,9 +891,52 @@ def neighbors(args):
     for number, (distances, row) in enumerate(zip(best[0].sqrt(), best[1])):
         print(f"  {number}: " + ", ".join(f"{images.names[i]} ({d:.2f})" for d, i in zip(distances, row)))
 
-
 # ---------------------------------------------------------------- speed (Table 4)
 
+def compiled(function):
+    """torch.compile(function) for inputs of one size, with CUDA graphs, whose next run writes over what this one gave."""
+    fast = torch.compile(function, dynamic=False, mode="reduce-overhead")
+
+    def call(*inputs, **options):
+        torch.compiler.cudagraph_mark_step_begin()
+        return fast(*inputs, **options).clone()
+    return call
+
+def seconds_per_call(function, device, budget, typical=np.median):
+    """The median (or other `typical`) time of a call, after one to warm up, of as many as fit into `budget` seconds (3 at least)."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < budget:
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return float(typical(times[1:]))
+
+@torch.no_grad()
+def matmul_rate(device, dtype):
+    """FLOP/s of the device's fastest large square matrix product: its peak, as measured."""
+    rates = []
+    for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        rates.append(2 * n ** 3 / seconds_per_call(lambda: a @ b, device, 0.5, typical=np.min))
+    return max(rates)
+
+def count_flops(function):
+    """The floating-point operations of a call, 2 for each multiplication with an addition."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):       # attention as products, which it counts
+        function()
+    return counter.get_total_flops()
+
+def training_flops(config):
+    """FLOPs of one sample's forward and backward pass, counted on tensors without content. (Labels would add next to nothing.)"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        model = lvae.LVAE(replace(config, num_classes=0, recompute=False))
+        x = torch.zeros(1, config.data_channels, config.resolution, config.resolution)
+        return count_flops(lambda: model(x).mean.sum().backward())
 
 def random_checkpoint(name):
     """An untrained model of a preset, in the form of a checkpoint."""
@@ -945,14 +945,12 @@ def random_checkpoint(name):
     return {"config": config, "dataset": name, "run": {}, "classes": [], "ema": lvae.LVAE(config).state_dict(),
             "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
 
-
 def peak_memory(device):
     """The most memory used so far, in bytes: the device's, or on a CPU this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
 
 @torch.no_grad()
 def bench(args):
@@ -962,9 +960,9 @@ def bench(args):
     sampler = Sampler(args.source, args.device, args.precision, args.dae, state=state)
     config, device = sampler.config, sampler.device
     if args.guided and not sampler.can_guide:
-        raise UserError("--guided: guidance needs a class-conditional model with a hierarchical prior")
+        raise ValueError("--guided: guidance needs a class-conditional model with a hierarchical prior")
     guided = sampler.can_guide if args.guided is None else args.guided
-    guidance = dict(mean_guidance=guidance_levels(config, 1.5), variance_guidance=3.0) if guided else {}
+    guidance = dict(mean_guidance=lvae.guidance_levels(config, 1.5), variance_guidance=3.0) if guided else {}
     label = torch.arange(args.batch, device=device) % config.num_classes if config.num_classes else None
     noise = sampler.noise(0, range(args.batch))
     low_res = None
@@ -977,7 +975,7 @@ def bench(args):
               "decoder": lambda n: sampler.decode(x[:n])}
     if isinstance(sampler.dae, daes.Identity):
         del stages["decoder"]
-    with autocast(device, sampler.dtype):
+    with lvae.autocast(device, sampler.dtype):
         flops = {name: count_flops(lambda: stage(1)) for name, stage in stages.items()}
     set_up(sampler, args, many=True)
     peak = matmul_rate(device, sampler.dtype)
@@ -986,20 +984,17 @@ def bench(args):
     print("stage     GFLOP per image   s per 1000 images    TFLOP/s   share of peak")
     total_flop = total_seconds = 0.0
     for name, stage in stages.items():
-        with autocast(device, sampler.dtype):
+        with lvae.autocast(device, sampler.dtype):
             seconds = seconds_per_call(lambda: stage(args.batch), device, args.seconds) / args.batch
         total_flop, total_seconds = total_flop + flops[name], total_seconds + seconds
         print_rate(name, flops[name], seconds, peak)
     print_rate("together", total_flop, total_seconds, peak)
     print(f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
-
 def print_rate(name, flop, seconds, peak):
     print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / 1e12:10.3f} {flop / seconds / peak:14.1%}")
 
-
 # ---------------------------------------------------------------- command line
-
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -1101,22 +1096,18 @@ def main(argv=None):
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     args.function(args)
 
-
 def whole(text):
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, not {text!r}")
     return int(text)
-
 
 def positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, not {text!r}")
     return int(text)
 
-
 def counts(text):
     return [positive(part) for part in text.split(",")]
-
 
 def numbers(text):
     with contextlib.suppress(ValueError):
@@ -1125,119 +1116,17 @@ def numbers(text):
             return values
     raise argparse.ArgumentTypeError(f"expected numbers separated by commas, not {text!r}")
 
-
 def amount(text):
     values = numbers(text)
     if len(values) > 1 or values[0] < 0:
         raise argparse.ArgumentTypeError(f"expected a number from 0, not {text!r}")
     return values[0]
 
-
 def settings(text):
     return [numbers(part.replace(":", ",")) for part in text.split(",")]
 
-
 def names(text):
     return [v.strip() for v in text.split(",")]
-
-
-# ---------------------------------------------------------------- the names of ImageNet's classes, 0 to 999
-
-IMAGENET_CLASSES = """
-tench, goldfish, great white shark, tiger shark, hammerhead, electric ray, stingray, cock, hen, ostrich, brambling, goldfinch,
-house finch, junco, indigo bunting, robin, bulbul, jay, magpie, chickadee, water ouzel, kite, bald eagle, vulture, great grey
-owl, European fire salamander, common newt, eft, spotted salamander, axolotl, bullfrog, tree frog, tailed frog, loggerhead,
-leatherback turtle, mud turtle, terrapin, box turtle, banded gecko, common iguana, American chameleon, whiptail, agama,
-frilled lizard, alligator lizard, Gila monster, green lizard, African chameleon, Komodo dragon, African crocodile, American
-alligator, triceratops, thunder snake, ringneck snake, hognose snake, green snake, king snake, garter snake, water snake, vine
-snake, night snake, boa constrictor, rock python, Indian cobra, green mamba, sea snake, horned viper, diamondback, sidewinder,
-trilobite, harvestman, scorpion, black and gold garden spider, barn spider, garden spider, black widow, tarantula, wolf
-spider, tick, centipede, black grouse, ptarmigan, ruffed grouse, prairie chicken, peacock, quail, partridge, African grey,
-macaw, sulphur-crested cockatoo, lorikeet, coucal, bee eater, hornbill, hummingbird, jacamar, toucan, drake, red-breasted
-merganser, goose, black swan, tusker, echidna, platypus, wallaby, koala, wombat, jellyfish, sea anemone, brain coral,
-flatworm, nematode, conch, snail, slug, sea slug, chiton, chambered nautilus, Dungeness crab, rock crab, fiddler crab, king
-crab, American lobster, spiny lobster, crayfish, hermit crab, isopod, white stork, black stork, spoonbill, flamingo, little
-blue heron, American egret, bittern, crane bird, limpkin, European gallinule, American coot, bustard, ruddy turnstone, red-
-backed sandpiper, redshank, dowitcher, oystercatcher, pelican, king penguin, albatross, grey whale, killer whale, dugong, sea
-lion, Chihuahua, Japanese spaniel, Maltese dog, Pekinese, Shih-Tzu, Blenheim spaniel, papillon, toy terrier, Rhodesian
-ridgeback, Afghan hound, basset, beagle, bloodhound, bluetick, black-and-tan coonhound, Walker hound, English foxhound,
-redbone, borzoi, Irish wolfhound, Italian greyhound, whippet, Ibizan hound, Norwegian elkhound, otterhound, Saluki, Scottish
-deerhound, Weimaraner, Staffordshire bullterrier, American Staffordshire terrier, Bedlington terrier, Border terrier, Kerry
-blue terrier, Irish terrier, Norfolk terrier, Norwich terrier, Yorkshire terrier, wire-haired fox terrier, Lakeland terrier,
-Sealyham terrier, Airedale, cairn, Australian terrier, Dandie Dinmont, Boston bull, miniature schnauzer, giant schnauzer,
-standard schnauzer, Scotch terrier, Tibetan terrier, silky terrier, soft-coated wheaten terrier, West Highland white terrier,
-Lhasa, flat-coated retriever, curly-coated retriever, golden retriever, Labrador retriever, Chesapeake Bay retriever, German
-short-haired pointer, vizsla, English setter, Irish setter, Gordon setter, Brittany spaniel, clumber, English springer, Welsh
-springer spaniel, cocker spaniel, Sussex spaniel, Irish water spaniel, kuvasz, schipperke, groenendael, malinois, briard,
-kelpie, komondor, Old English sheepdog, Shetland sheepdog, collie, Border collie, Bouvier des Flandres, Rottweiler, German
-shepherd, Doberman, miniature pinscher, Greater Swiss Mountain dog, Bernese mountain dog, Appenzeller, EntleBucher, boxer,
-bull mastiff, Tibetan mastiff, French bulldog, Great Dane, Saint Bernard, Eskimo dog, malamute, Siberian husky, dalmatian,
-affenpinscher, basenji, pug, Leonberg, Newfoundland, Great Pyrenees, Samoyed, Pomeranian, chow, keeshond, Brabancon griffon,
-Pembroke, Cardigan Welsh corgi, toy poodle, miniature poodle, standard poodle, Mexican hairless, timber wolf, white wolf, red
-wolf, coyote, dingo, dhole, African hunting dog, hyena, red fox, kit fox, Arctic fox, grey fox, tabby, tiger cat, Persian cat,
-Siamese cat, Egyptian cat, cougar, lynx, leopard, snow leopard, jaguar, lion, tiger, cheetah, brown bear, American black bear,
-ice bear, sloth bear, mongoose, meerkat, tiger beetle, ladybug, ground beetle, long-horned beetle, leaf beetle, dung beetle,
-rhinoceros beetle, weevil, fly, bee, ant, grasshopper, cricket, walking stick, cockroach, mantis, cicada, leafhopper,
-lacewing, dragonfly, damselfly, admiral, ringlet, monarch, cabbage butterfly, sulphur butterfly, lycaenid, starfish, sea
-urchin, sea cucumber, wood rabbit, hare, Angora, hamster, porcupine, fox squirrel, marmot, beaver, guinea pig, sorrel, zebra,
-hog, wild boar, warthog, hippopotamus, ox, water buffalo, bison, ram, bighorn, ibex, hartebeest, impala, gazelle, Arabian
-camel, llama, weasel, mink, polecat, black-footed ferret, otter, skunk, badger, armadillo, three-toed sloth, orangutan,
-gorilla, chimpanzee, gibbon, siamang, guenon, patas, baboon, macaque, langur, colobus, proboscis monkey, marmoset, capuchin,
-howler monkey, titi, spider monkey, squirrel monkey, Madagascar cat, indri, Indian elephant, African elephant, lesser panda,
-giant panda, barracouta, eel, coho, rock beauty, anemone fish, sturgeon, gar, lionfish, puffer, abacus, abaya, academic gown,
-accordion, acoustic guitar, aircraft carrier, airliner, airship, altar, ambulance, amphibian, analog clock, apiary, apron,
-ashcan, assault rifle, backpack, bakery, balance beam, balloon, ballpoint, Band Aid, banjo, bannister, barbell, barber chair,
-barbershop, barn, barometer, barrel, barrow, baseball, basketball, bassinet, bassoon, bathing cap, bath towel, bathtub, beach
-wagon, beacon, beaker, bearskin, beer bottle, beer glass, bell cote, bib, bicycle-built-for-two, bikini, binder, binoculars,
-birdhouse, boathouse, bobsled, bolo tie, bonnet, bookcase, bookshop, bottlecap, bow, bow tie, brass, brassiere, breakwater,
-breastplate, broom, bucket, buckle, bulletproof vest, bullet train, butcher shop, cab, caldron, candle, cannon, canoe, can
-opener, cardigan, car mirror, carousel, carpenter's kit, carton, car wheel, cash machine, cassette, cassette player, castle,
-catamaran, CD player, cello, cellular telephone, chain, chainlink fence, chain mail, chain saw, chest, chiffonier, chime,
-china cabinet, Christmas stocking, church, cinema, cleaver, cliff dwelling, cloak, clog, cocktail shaker, coffee mug,
-coffeepot, coil, combination lock, computer keyboard, confectionery, container ship, convertible, corkscrew, cornet, cowboy
-boot, cowboy hat, cradle, crane, crash helmet, crate, crib, Crock Pot, croquet ball, crutch, cuirass, dam, desk, desktop
-computer, dial telephone, diaper, digital clock, digital watch, dining table, dishrag, dishwasher, disk brake, dock, dogsled,
-dome, doormat, drilling platform, drum, drumstick, dumbbell, Dutch oven, electric fan, electric guitar, electric locomotive,
-entertainment center, envelope, espresso maker, face powder, feather boa, file, fireboat, fire engine, fire screen, flagpole,
-flute, folding chair, football helmet, forklift, fountain, fountain pen, four-poster, freight car, French horn, frying pan,
-fur coat, garbage truck, gasmask, gas pump, goblet, go-kart, golf ball, golfcart, gondola, gong, gown, grand piano,
-greenhouse, grille, grocery store, guillotine, hair slide, hair spray, half track, hammer, hamper, hand blower, hand-held
-computer, handkerchief, hard disc, harmonica, harp, harvester, hatchet, holster, home theater, honeycomb, hook, hoopskirt,
-horizontal bar, horse cart, hourglass, iPod, iron, jack-o'-lantern, jean, jeep, jersey, jigsaw puzzle, jinrikisha, joystick,
-kimono, knee pad, knot, lab coat, ladle, lampshade, laptop, lawn mower, lens cap, letter opener, library, lifeboat, lighter,
-limousine, liner, lipstick, Loafer, lotion, loudspeaker, loupe, lumbermill, magnetic compass, mailbag, mailbox, maillot,
-maillot tank suit, manhole cover, maraca, marimba, mask, matchstick, maypole, maze, measuring cup, medicine chest, megalith,
-microphone, microwave, military uniform, milk can, minibus, miniskirt, minivan, missile, mitten, mixing bowl, mobile home,
-Model T, modem, monastery, monitor, moped, mortar, mortarboard, mosque, mosquito net, motor scooter, mountain bike, mountain
-tent, mouse, mousetrap, moving van, muzzle, nail, neck brace, necklace, nipple, notebook, obelisk, oboe, ocarina, odometer,
-oil filter, organ, oscilloscope, overskirt, oxcart, oxygen mask, packet, paddle, paddlewheel, padlock, paintbrush, pajama,
-palace, panpipe, paper towel, parachute, parallel bars, park bench, parking meter, passenger car, patio, pay-phone, pedestal,
-pencil box, pencil sharpener, perfume, Petri dish, photocopier, pick, pickelhaube, picket fence, pickup, pier, piggy bank,
-pill bottle, pillow, ping-pong ball, pinwheel, pirate, pitcher, plane, planetarium, plastic bag, plate rack, plow, plunger,
-Polaroid camera, pole, police van, poncho, pool table, pop bottle, pot, potter's wheel, power drill, prayer rug, printer,
-prison, projectile, projector, puck, punching bag, purse, quill, quilt, racer, racket, radiator, radio, radio telescope, rain
-barrel, recreational vehicle, reel, reflex camera, refrigerator, remote control, restaurant, revolver, rifle, rocking chair,
-rotisserie, rubber eraser, rugby ball, rule, running shoe, safe, safety pin, saltshaker, sandal, sarong, sax, scabbard, scale,
-school bus, schooner, scoreboard, screen, screw, screwdriver, seat belt, sewing machine, shield, shoe shop, shoji, shopping
-basket, shopping cart, shovel, shower cap, shower curtain, ski, ski mask, sleeping bag, slide rule, sliding door, slot,
-snorkel, snowmobile, snowplow, soap dispenser, soccer ball, sock, solar dish, sombrero, soup bowl, space bar, space heater,
-space shuttle, spatula, speedboat, spider web, spindle, sports car, spotlight, stage, steam locomotive, steel arch bridge,
-steel drum, stethoscope, stole, stone wall, stopwatch, stove, strainer, streetcar, stretcher, studio couch, stupa, submarine,
-suit, sundial, sunglass, sunglasses, sunscreen, suspension bridge, swab, sweatshirt, swimming trunks, swing, switch, syringe,
-table lamp, tank, tape player, teapot, teddy, television, tennis ball, thatch, theater curtain, thimble, thresher, throne,
-tile roof, toaster, tobacco shop, toilet seat, torch, totem pole, tow truck, toyshop, tractor, trailer truck, tray, trench
-coat, tricycle, trimaran, tripod, triumphal arch, trolleybus, trombone, tub, turnstile, typewriter keyboard, umbrella,
-unicycle, upright, vacuum, vase, vault, velvet, vending machine, vestment, viaduct, violin, volleyball, waffle iron, wall
-clock, wallet, wardrobe, warplane, washbasin, washer, water bottle, water jug, water tower, whiskey jug, whistle, wig, window
-screen, window shade, Windsor tie, wine bottle, wing, wok, wooden spoon, wool, worm fence, wreck, yawl, yurt, web site, comic
-book, crossword puzzle, street sign, traffic light, book jacket, menu, plate, guacamole, consomme, hot pot, trifle, ice cream,
-ice lolly, French loaf, bagel, pretzel, cheeseburger, hotdog, mashed potato, head cabbage, broccoli, cauliflower, zucchini,
-spaghetti squash, acorn squash, butternut squash, cucumber, artichoke, bell pepper, cardoon, mushroom, Granny Smith,
-strawberry, orange, lemon, fig, pineapple, banana, jackfruit, custard apple, pomegranate, hay, carbonara, chocolate sauce,
-dough, meat loaf, pizza, potpie, burrito, red wine, espresso, cup, eggnog, alp, bubble, cliff, coral reef, geyser, lakeside,
-promontory, sandbar, seashore, valley, volcano, ballplayer, groom, scuba diver, rapeseed, daisy, yellow lady's slipper, corn,
-acorn, hip, buckeye, coral fungus, agaric, gyromitra, stinkhorn, earthstar, hen-of-the-woods, bolete, ear, toilet tissue""".replace("\n", " ").strip().split(", ")
-
 
 if __name__ == "__main__":
     cli(main)
