@@ -924,142 +924,128 @@ def cli(main):
 # ---------------------------------------------------------------- the toy scenes: a data set drawn by code
 
 SEED, OVERSAMPLE, TOY_COUNT = 1789, 4, 6144
-BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.20, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.50,
-           "pyramid": 1.60, "mosque": 1.28}  # the width of each landmark as a multiple of its height
+BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.2, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.5,
+           "pyramid": 1.6, "mosque": 1.28}  # the width of each landmark as a multiple of its height
 TOY_CLASSES = tuple(BREADTH)
 WALLS = "eee2c8 d6a076 c06856 e2be7c cec6cc a2b4be f0eeea".split()
 ROOFS = "b04236 5472b2 427e74 8c624e 646274 d2923e 945a90".split()
-GROUNDS = "749e4e 9ea658 d4b880 608c6e e2e6ee b08a68".split()
-SKIES = (  # zenith, horizon, the light that tints whatever it falls on, and the sun or moon (None: hidden)
-    ((82, 148, 222), (196, 226, 244), (1.00, 1.00, 0.98), (255, 244, 190)),  # day
-    ((88, 74, 138), (250, 168, 112), (0.96, 0.80, 0.74), (255, 214, 130)),  # dusk
-    ((18, 24, 62), (88, 104, 160), (0.70, 0.75, 0.92), (240, 240, 222)),  # night
-    ((136, 148, 164), (206, 212, 216), (0.84, 0.87, 0.90), None))  # overcast
-
-def tint(colour, light=1.0):
-    """The colour as it looks in this light, in the form that Pillow takes."""
-    return tuple(np.clip(np.multiply(colour, light), 0, 255).astype(int).tolist())
+LANDS = "749e4e 9ea658 d4b880 608c6e e2e6ee b08a68".split()
+SKIES = (  # day, dusk, night and overcast: zenith, horizon, the light that tints the rest, the sun or moon
+    ("5294de", "c4e2f4", (1, 1, 0.98), "#fff4be"), ("584a8a", "faa870", (0.96, 0.8, 0.74), "#ffd682"),
+    ("12183e", "5868a0", (0.7, 0.75, 0.92), "#f0f0de"), ("8894a4", "ced4d8", (0.84, 0.87, 0.9), None))
 
 class Brush:
-    """Draws in a frame with its origin at (x, y) of the unit square, y pointing up and the light from the left."""
+    """Draws in a frame with y pointing up: its origin is the pixel (x, y) and its unit `unit` pixels long."""
 
-    def __init__(self, canvas, x=0.0, y=0.0, unit=1.0):
-        self.draw, self.side, self.x, self.y, self.unit = ImageDraw.Draw(canvas), canvas.width, x, y, unit
+    def __init__(self, canvas, x, y, unit):
+        self.draw, self.x, self.y, self.unit = ImageDraw.Draw(canvas), x, y, unit
 
-    def place(self, points):  # in pixels
-        return [(self.side * (self.x + self.unit * x), self.side * (1 - self.y - self.unit * y)) for x, y in points]
-
-    def polygon(self, colour, points):
-        self.draw.polygon(self.place(points), fill=colour)
+    def place(self, points):
+        return [(self.x + self.unit * x, self.y - self.unit * y) for x, y in points]
 
     def ellipse(self, colour, x, y, width, height, start=0):  # start=180: its upper half
         box = self.place([(x - width / 2, y + height / 2), (x + width / 2, y - height / 2)])
         self.draw.pieslice(box, start, 360, fill=colour)
 
     def solid(self, paint, x, y, width, height, top=1, lit=0.62):
-        """On the base centre (x, y); `paint` is the colour of its share `lit` in the light, and that of the rest.
-
-        `top` is the width above as a multiple of that below (0: a spire), "arch" or "dome"."""
+        """Stands on (x, y); `top`: "dome", "arch" or the share of its width left; `lit`: its lit share."""
         if top == "dome":
             self.ellipse(paint[1], x, y, width, 2 * height, 180)
-            self.ellipse(paint[0], x - 0.14 * width, y, 0.72 * width, 2 * height, 180)  # leaves a crescent of shade
+            self.ellipse(paint[0], x - 0.14 * width, y, 0.72 * width, 2 * height, 180)  # leaves a crescent
             return
         if top == "arch":
             height, top = height - width / 2, 1
             self.ellipse(paint[0], x, y + height, width, width, 180)
         for colour, left, right in zip(paint, (-0.5, lit - 0.5), (lit - 0.5, 0.5)):
             corners = (left, 0), (right, 0), (right * top, height), (left * top, height)
-            self.polygon(colour, [(x + width * across, y + up) for across, up in corners])
+            self.draw.polygon(self.place([(x + width * dx, y + dy) for dx, dy in corners]), fill=colour)
 
 def landmark(name, rng, wall, roof, gap):
-    """The solids, from back to front, of a landmark that is one unit high and stands on (0, 0).
-
-    Each is a row: paint, x, y, width, height, top, lit. `gap` paints the doors and windows."""
+    """The solids of a landmark one unit high, from back to front: paint, x, y, width, height, top, lit."""
     flip = rng.choice((-1, 1))
     if name == "church":
-        nave, tower = -0.15 * flip, 0.27 * flip
-        return [(wall, nave, 0, 0.60, 0.30), (roof, nave, 0.30, 0.66, 0.20, 0.84, 1), (wall, tower, 0, 0.26, 0.56),
-                (roof, tower, 0.56, 0.33, 0.44, 0), (gap, tower, 0, 0.12, 0.22, "arch"),
-                *[(gap, x * flip, 0.08, 0.08, 0.16, "arch") for x in (-0.34, -0.18, -0.02)]]
-    if name == "house":  # from the chimney behind the roof to the windows
-        return [(wall, 0.34 * flip, 0.60, 0.16, 0.40), (wall, 0, 0, 1.10, 0.48, 1, 0.75),
-                (roof, 0, 0.46, 1.34, 0.46, rng.uniform(0.35, 0.60), 0.75), (gap, -0.12 * flip, 0, 0.17, 0.34),
-                (gap, -0.38 * flip, 0.17, 0.19, 0.17), (gap, 0.26 * flip, 0.17, 0.19, 0.17)]
-    if name == "castle":
-        left, right = rng.permutation((0.90, rng.uniform(0.70, 0.90)))
-        doors = [(gap, 0, 0, 0.26, 0.30, "arch"), *[(gap, x, y - 0.36, 0.09, 0.17, "arch") for x, y in ((-0.43, left), (0.43, right))]]
-        parts = []
-        for x, height, width, merlons in (0, 0.44, 0.80, 5), (-0.43, left, 0.32, 3), (0.43, right, 0.32, 3):
+        yield from [(wall, -0.15 * flip, 0, 0.6, 0.3), (roof, -0.15 * flip, 0.3, 0.66, 0.2, 0.84, 1),
+                    (wall, 0.27 * flip, 0, 0.26, 0.56), (roof, 0.27 * flip, 0.56, 0.33, 0.44, 0),
+                    (gap, 0.27 * flip, 0, 0.12, 0.22, "arch")]
+        yield from [(gap, x * flip, 0.08, 0.08, 0.16, "arch") for x in (-0.34, -0.18, -0.02)]
+    elif name == "house":
+        yield wall, 0.34 * flip, 0.6, 0.16, 0.4  # the chimney, behind the roof
+        yield from [(wall, 0, 0, 1.1, 0.48, 1, 0.75), (gap, -0.12 * flip, 0, 0.17, 0.34),
+                    (roof, 0, 0.46, 1.34, 0.46, rng.uniform(0.35, 0.6), 0.75)]
+        yield from [(gap, x * flip, 0.17, 0.19, 0.17) for x in (-0.38, 0.26)]
+    elif name == "castle":
+        left, right = rng.permutation((0.9, rng.uniform(0.7, 0.9)))
+        for x, height, width, merlons in (0, 0.44, 0.8, 5), (-0.43, left, 0.32, 3), (0.43, right, 0.32, 3):
             pitch = width / (2 * merlons - 1)
-            parts += [(wall, x, 0, width, height), (roof, x, height - 0.11, width + 0.02, 0.05)]
-            parts += [(wall, x + i * pitch, height, pitch, 0.10) for i in range(1 - merlons, merlons, 2)]
-        return parts + doors
-    if name == "windmill":  # its sails come later
-        return [(wall, 0, 0, 0.50, 0.58, 0.62), (roof, 0, 0.56, 0.36, 0.18, "dome"), (gap, 0, 0, 0.13, 0.20, "arch")]
-    if name == "lighthouse":
-        edges = np.linspace(0, 1, rng.choice((6, 8)))  # of the stripes
-        widths = 0.50 * (1 - 0.4 * edges)
-        stripes = zip((wall, roof) * 4, 0.72 * edges, widths, 0.72 * np.diff(edges), widths[1:] / widths[:-1])
-        return [*[(paint, 0, *stripe) for paint, *stripe in stripes], (roof, 0, 0.72, 0.44, 0.05),
-                (gap, 0, 0.77, 0.26, 0.11), (roof, 0, 0.88, 0.36, 0.12, "dome")]
-    if name == "temple":
+            yield from [(wall, x, 0, width, height), (roof, x, height - 0.11, width + 0.02, 0.05)]
+            yield from [(wall, x + i * pitch, height, pitch, 0.1) for i in range(1 - merlons, merlons, 2)]
+        yield gap, 0, 0, 0.26, 0.3, "arch"
+        yield from [(gap, x, y - 0.36, 0.09, 0.17, "arch") for x, y in ((-0.43, left), (0.43, right))]
+    elif name == "windmill":  # `toy` adds its sails
+        yield from [(wall, 0, 0, 0.5, 0.58, 0.62), (roof, 0, 0.56, 0.36, 0.18, "dome"),
+                    (gap, 0, 0, 0.13, 0.2, "arch")]
+    elif name == "lighthouse":
+        edges = np.linspace(0, 1, rng.choice((6, 8)))
+        for paint, low, high in zip((wall, roof) * 4, edges, edges[1:]):  # the stripes of a tapering tower
+            yield paint, 0, 0.72 * low, 0.5 - 0.2 * low, 0.72 * (high - low), (5 - 2 * high) / (5 - 2 * low)
+        yield from [(roof, 0, 0.72, 0.44, 0.05), (gap, 0, 0.77, 0.26, 0.11),
+                    (roof, 0, 0.88, 0.36, 0.12, "dome")]
+    elif name == "temple":
         columns = [(wall, x, 0.14, 0.14, 0.46) for x in np.linspace(-0.55, 0.55, rng.integers(4, 7))]
-        return [(wall, 0, 0, 1.50, 0.07, 1, 0.8), (wall, 0, 0.07, 1.36, 0.07, 1, 0.8), (gap, 0, 0.14, 1.14, 0.46),
-                *columns, (wall, 0, 0.60, 1.32, 0.09, 1, 0.8), (roof, 0, 0.69, 1.50, 0.31, 0, 1),
-                (wall, 0, 0.74, 0.96, 0.18, 0, 1)]
-    if name == "pyramid":
-        return [(wall, 0, 0, 1.60, 1, 0), (roof, 0, 0.76, 0.24 * 1.60, 0.24, 0)]
-    minarets = [row for x in (-0.56, 0.56) for row in ((wall, x, 0, 0.12, 0.80), (roof, x, 0.80, 0.16, 0.20, 0))]
-    return [*minarets, (wall, 0, 0, 0.88, 0.36), (wall, 0, 0.36, 0.58, 0.10), (roof, 0, 0.45, 0.66, 0.43, "dome"),
-            *[(gap, x, 0, 0.15, 0.24, "arch") for x in (-0.27, 0, 0.27)]]
+        yield from [(wall, 0, 0, 1.5, 0.07, 1, 0.8), (wall, 0, 0.07, 1.36, 0.07, 1, 0.8),
+                    (gap, 0, 0.14, 1.14, 0.46), *columns, (wall, 0, 0.6, 1.32, 0.09, 1, 0.8),
+                    (roof, 0, 0.69, 1.5, 0.31, 0, 1), (wall, 0, 0.74, 0.96, 0.18, 0, 1)]
+    elif name == "pyramid":
+        yield from [(wall, 0, 0, 1.6, 1, 0), (roof, 0, 0.76, 0.384, 0.24, 0)]
+    elif name == "mosque":
+        yield from [(wall, x, 0, 0.12, 0.8) for x in (-0.56, 0.56)]
+        yield from [(roof, x, 0.8, 0.16, 0.2, 0) for x in (-0.56, 0.56)]
+        yield from [(wall, 0, 0, 0.88, 0.36), (wall, 0, 0.36, 0.58, 0.1), (roof, 0, 0.45, 0.66, 0.43, "dome")]
+        yield from [(gap, x, 0, 0.15, 0.24, "arch") for x in (-0.27, 0, 0.27)]
 
 def toy(index, size=64):
-    """Scene `index` as a (size, size, 3) array of uint8, and its class; drawn from back to front."""
+    """Scene `index` as a (size, size, 3) array of uint8, and its class."""
     rng = np.random.default_rng((SEED, index))
-    label = int(index) % len(TOY_CLASSES)
-    name = TOY_CLASSES[label]
-    (zenith, haze, light, sun), *colours = (row[rng.integers(len(row))] for row in (SKIES, WALLS, ROOFS, GROUNDS))
-    wall, roof, ground = np.array([list(bytes.fromhex(c)) for c in colours]) + rng.uniform(-14, 14, (3, 3))
-    unit = rng.uniform(0.78, 1.0) * min(0.80, 0.92 / BREADTH[name])  # the landmark's height keeps it in the frame
-    room = min(0.12, 0.47 - BREADTH[name] * unit / 2)
-    foot = rng.uniform((0.5 - room, 0.08), (0.5 + room, 0.15))
-    horizon = foot[1] + rng.uniform(0.05, 0.16)
-
-    lawn, haze = np.multiply(ground, light), np.array(haze)
-    heights = 1 - (np.arange(size * OVERSAMPLE) + 0.5) / (size * OVERSAMPLE)
-    stops = zip(0.86 * lawn, lawn, haze, zenith)  # for each channel, from the foot of the picture to its top
+    name, breadth = list(BREADTH.items())[index % len(BREADTH)]
+    (zenith, haze, light, sun), *codes = [row[rng.integers(len(row))] for row in (SKIES, WALLS, ROOFS, LANDS)]
+    zenith, haze, *colours = np.array([list(bytes.fromhex(code)) for code in (zenith, haze, *codes)])
+    wall, roof, ground = (colours + rng.uniform(-14, 14, (3, 3))) * light
+    paints = (0.45 * haze + 140.25 * np.array(light), 0.62 * haze + 0.304 * ground,
+              0.3 * haze + 0.56 * ground, 0.66 * ground, 0.3 * wall, wall, 0.7 * wall, roof, 0.7 * roof)
+    cloud, far, near, shadow, dark, *paints = map(tuple, np.clip(paints, 0, 255).astype(int).tolist())
+    unit = rng.uniform(0.78, 1) * min(0.8, 0.92 / breadth)  # the landmark's height; it fits the frame
+    room = min(0.12, 0.47 - breadth * unit / 2)
+    x, y, depth = rng.uniform((0.5 - room, 0.08, 0.05), (0.5 + room, 0.15, 0.16))
+    horizon = y + depth
+    side = size * OVERSAMPLE
+    heights = 1 - (np.arange(side) + 0.5) / side
+    stops = zip(0.86 * ground, ground, haze, zenith)  # per channel, from the foot of the picture up
     column = np.stack([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops], axis=-1)
-    canvas = Image.fromarray(column.astype(np.uint8)[:, None]).resize((size * OVERSAMPLE,) * 2)
-    brush = Brush(canvas)
-    x, y, width = rng.uniform((0.08, 0.72, 0.10), (0.42, 0.92, 0.17))
+    canvas = Image.fromarray(column.astype(np.uint8)[:, None]).resize((side, side))
+    brush, front = Brush(canvas, 0, side, side), Brush(canvas, side * x, side * (1 - y), side * unit)
+    x, y, width = rng.uniform((0.08, 0.72, 0.1), (0.42, 0.92, 0.17))
     if sun:
         brush.ellipse(sun, x, y, width, width)
-    x, y, width = rng.uniform((0.20, 0.66, 0.26), (0.90, 0.90, 0.44))
+    x, y, width = rng.uniform((0.2, 0.66, 0.26), (0.9, 0.9, 0.44))
     if rng.random() < 0.6:
-        cloud = tint(0.45 * haze + 0.55 * 255 * np.array(light))
-        for across, up, share in (-0.30, 0, 0.40), (0, 0.04, 0.64), (0.30, 0, 0.48):
+        for across, up, share in (-0.3, 0, 0.4), (0, 0.04, 0.64), (0.3, 0, 0.48):
             brush.ellipse(cloud, x + across * width, y + up * width, share * width, 0.6 * share * width)
-    for distance in 0.62, 0.30:  # the farther hills are the higher, and paler in the haze
-        height, swell, phase, pace = rng.uniform((0.04, 0.02, 0, 3), (0.10, 0.05, 6.3, 8))
-        across = np.linspace(0, 1, 33)
-        ridge = horizon + (0.6 + distance) * (height + swell * np.sin(phase + pace * across))
-        hill = tint(distance * haze + (1 - distance) * 0.8 * lawn)
-        brush.polygon(hill, [(0, horizon), *zip(across, ridge), (1, horizon)])
-
-    brush = Brush(canvas, *foot, unit)
-    brush.ellipse(tint(0.66 * ground, light), 0.12, 0, BREADTH[name], 0.12)  # the shadow on the ground
-    lamps = sum(light) < 2.7 and rng.random() < 0.7
-    gap = tint((255, 214, 110)) if lamps else tint(0.3 * wall, light)
-    wall, roof = [(tint(colour, light), tint(0.7 * colour, light)) for colour in (wall, roof)]
-    for row in landmark(name, rng, wall, roof, (gap, gap)):
-        brush.solid(*row)
+    across = np.linspace(0, 1, 33)
+    for hill, rise in (far, 1.22), (near, 0.9):  # the far hills are higher, and paler in the haze
+        height, swell, phase, pace = rng.uniform((0.04, 0.02, 0, 3), (0.1, 0.05, 6.3, 8))
+        ridge = horizon + rise * (height + swell * np.sin(phase + pace * across))
+        brush.draw.polygon(brush.place([(0, horizon), *zip(across, ridge), (1, horizon)]), fill=hill)
+    front.ellipse(shadow, 0.12, 0, breadth, 0.12)  # on the ground
+    gap = (255, 214, 110) if sum(light) < 2.7 and rng.random() < 0.7 else dark  # lamps, unless by day
+    for solid in landmark(name, rng, paints[:2], paints[2:], (gap, gap)):
+        front.solid(*solid)
     if name == "windmill":
         sail = np.array((-0.03j, 0.08 - 0.06j, 0.43 - 0.08j, 0.43 + 0.11j, 0.08 + 0.09j, 0.03j))
-        for quarter in rng.uniform(0.15, 0.85) + np.arange(4):  # a complex factor turns the sail
-            turned = sail * np.exp(0.5j * np.pi * quarter)
-            brush.polygon(roof[0], zip(turned.real, 0.58 + turned.imag))
-    picture = np.asarray(canvas.reduce(OVERSAMPLE))
-    return (picture[:, ::-1] if rng.random() < 0.5 else picture).copy(), label  # mirrored: the light is from the right
+        for quarter in rng.uniform(0.15, 0.85) + np.arange(4):
+            turned = 0.58j + sail * np.exp(0.5j * np.pi * quarter)  # a complex factor turns
+            front.draw.polygon(front.place(zip(turned.real, turned.imag)), fill=paints[2])
+    picture = np.array(canvas.reduce(OVERSAMPLE))  # half are mirrored: lit from the right
+    return picture[:, ::-1].copy() if rng.random() < 0.5 else picture, TOY_CLASSES.index(name)
 
 if __name__ == "__main__":
     cli(main)
