@@ -61,10 +61,10 @@ class Sampler:
         self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
         self.dae = (daes.load(dae) if dae else daes.from_state(state["dae"], path) if state["dae"] else
                     daes.Identity() if self.config.first_stage == "none" else None)
-        channels = self.dae.config.z_channels if self.dae else "no"
-        if channels != self.config.data_channels:
-            raise ValueError(f"{path} models latents of {self.config.data_channels} channels, and there is an autoencoder "
-                             f"of {channels} channels: name one that fits with --dae FILE")
+        if self.dae is None or self.dae.config.z_channels != self.config.data_channels:
+            has = f"its autoencoder has {self.dae.config.z_channels}" if self.dae else "it holds no autoencoder"
+            raise ValueError(f"{path} models latents of {self.config.data_channels} channels, but {has}: name one that fits "
+                             "with --dae FILE")
         for module in (self.model, self.dae):
             place(module, self.device, self.dtype).requires_grad_(False)
         self.is_compiled = False

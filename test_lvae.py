@@ -1391,7 +1391,7 @@ def test_mistakes_are_refused():
             refused(expected, train.main, "--out", "x", *arguments)
         for expected, *arguments in (
                 ("no such class", "--label", "up"), ("no such class", "--label", "2"), ("per level", "--mean-guidance", "1,2"),
-                ("positive whole number", "--n", "0"), ("ends in", "--out", "grid.xyz")):
+                ("from 1 up", "--n", "0"), ("ends in", "--out", "grid.xyz")):
             refused(expected, sample.main, "generate", path, *arguments)
         refused("not a checkpoint", sample.main, "generate", os.path.join("run", "dae.pt"))
         os.truncate(path, os.path.getsize(path) - 1000)
