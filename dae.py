@@ -330,7 +330,7 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
         loss, hinge, terms = training_losses(parts["dae"], x, noise, adversary, perceptual, average)
     losses = {"dae": loss} if hinge is None else {"dae": loss, "discriminator": hinge}
     for name, objective in losses.items():
-        optimizers[name].zero_grad()                           # the autoencoder's loss moved the adversary's
+        optimizers[name].zero_grad()                           # the autoencoder's loss has reached the adversary
         objective.backward()
     gradients = [p.grad for name in losses for p in parts[name].parameters()]
     if average is not None:
@@ -673,10 +673,11 @@ def write(path, save):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:                       # torch reports a full disk as a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
         cause = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or repr(e)
         raise LoadError(f"{path}: cannot be written ({cause})") from None
+    finally:                                                   # whatever ended it
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 def save_safetensors(state, file):
     """Write a state_dict in the layout that load_safetensors reads."""

@@ -87,6 +87,12 @@ class Config:
             object.__setattr__(self, name, tuple(getattr(self, name)))       # lists come back from files
         for name in ("width", "encoder_width", "data_channels", "z_dim", "sigma_q", "batch", "accumulate", "lr"):
             need(getattr(self, name) > 0, name, "positive")
+        for name in ("num_classes", "spectral_weight", "warmup", "steps"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("label_dropout", "ema"):
+            need(0 <= getattr(self, name) < 1 or name == "label_dropout" and self.label_dropout == 1, name, "a fraction")
+        for name in ("shift", "scale"):
+            need(math.isfinite(getattr(self, name)), name, "a finite number")
         need(self.attention in ("sdpa", "released"), "attention", "sdpa or released")
         powers = [2 ** k for k in range(16)]
         need(self.resolution / 4 in powers, "resolution", "4, 8, 16, 32, ...")
@@ -402,6 +408,12 @@ class TopDownBlock(nn.Module):
 # resolution but not its weight; L Latents, top-down.
 Output = namedtuple("Output", "mean logvar kl spectral latents")
 
+def expect(name, tensor, *shape):
+    """Raise a ValueError, naming both, where a tensor has not the shape that is expected."""
+    found = None if tensor is None else tuple(tensor.shape)
+    if found != shape:
+        raise ValueError(f"{name}: shape {found}, expected {shape}")
+
 class LVAE(nn.Module):
     """The hierarchical VAE of a Config. Data are normalised, (B, C, resolution, resolution)."""
     def __init__(self, config):
@@ -437,14 +449,9 @@ class LVAE(nn.Module):
         x (B, C, H, W); label (B,) int64, or None for "no label"; noise: L posterior eps, top-down, None draws
         them; low_res (B, C, H/f, W/f): an upsampler's input, by default x shrunk; drop_label (B,) bool: whose
         label the prior and shared blocks do not see, by default in training a share `label_dropout`."""
-        if self.config.upsample and low_res is None:
-            low_res = shrink(x, self.config)
         if drop_label is None and self.training:
             drop_label = torch.rand(len(x), device=x.device) < self.config.label_dropout
-        true_label = self._embed(label, len(x))
-        evidence = self.encoder(x, true_label), true_label
-        seen = self._embed(label, len(x), drop_label)
-        mean, logvar, latents = self._top_down(len(x), seen, noise, low_res, evidence)
+        mean, logvar, latents = self._infer(x, label, noise, low_res, drop_label)
         kl = torch.stack([gaussian_kl(l.posterior, l.prior).sum((1, 2, 3)) for l in latents])   # (L, B)
         return Output(mean, logvar, kl, self.spectral(), latents)
 
@@ -452,8 +459,7 @@ class LVAE(nn.Module):
     def encode(self, x, label=None, noise=None, low_res=None):
         """Posterior samples of x, whitened under the prior: L eps (B, z, h, w), top-down, of which `generate` makes
         x again, given the same label. noise: the posterior's eps; None draws them, zeros give its means."""
-        keep_label = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        latents = self(x, label, noise, low_res, keep_label).latents
+        _, _, latents = self._infer(x, label, noise, low_res)
         return [whiten(latent.z, latent.prior) for latent in latents]
 
     @torch.no_grad()
@@ -499,12 +505,27 @@ class LVAE(nn.Module):
             shapes += [(self.config.z_dim, h, w)] * groups
         return shapes
 
+    def _infer(self, x, label, noise, low_res, drop_label=None):
+        """Bottom-up, then top-down with the posterior: mean, logvar, latents."""
+        expect("x", x, len(x), self.config.data_channels, self.config.resolution, self.config.resolution)
+        if self.config.upsample and low_res is None:
+            low_res = shrink(x, self.config)
+        true_label = self._embed(label, len(x))
+        evidence = self.encoder(x, true_label), true_label
+        return self._top_down(len(x), self._embed(label, len(x), drop_label), noise, low_res, evidence)
+
     def _top_down(self, n, label, noise, low_res, evidence=None, guidance=None, temperature=1.0, size=None):
         """The one top-down path. Posterior if there is evidence (features, label), else prior."""
         noise = [None] * sum(self.config.groups) if noise is None else list(noise)
         size = size or self._size(noise)
-        if len(noise) != sum(self.config.groups):
-            raise ValueError(f"noise has {len(noise)} entries, expected one per group: {sum(self.config.groups)}")
+        shapes = self.latent_shapes(size)
+        if len(noise) != len(shapes):
+            raise ValueError(f"noise has {len(noise)} entries, expected one per group: {len(shapes)}")
+        for i, (eps, shape) in enumerate(zip(noise, shapes)):
+            if torch.is_tensor(eps):
+                expect(f"noise of group {i}", eps, n, *shape)
+        if self.config.upsample:
+            expect("low_res", low_res, n, self.config.data_channels, *(s // self.config.upsample for s in size))
         x = self.low_res_proj(low_res) if self.config.upsample else self.initial.expand(n, -1, -1, -1)
         if guidance is not None:
             x = torch.cat([x, x])                              # two streams: with and without the label
@@ -542,7 +563,10 @@ class LVAE(nn.Module):
             return None
         label = torch.as_tensor(classes if label is None else label)
         if label.is_floating_point():
+            expect("embedded labels", label, n, self.embedding.embedding_dim)
             return label.to(device)
+        if label.ndim and len(label) != n:
+            raise ValueError(f"{len(label)} labels for {n} samples")
         if label.device.type == "cpu" and not ((label >= 0) & (label <= classes)).all():
             raise ValueError(f"label {label.tolist()} is out of range 0 to {classes - 1} ({classes}: none)")
         label = label.to(device, torch.long).expand(n)
@@ -627,7 +651,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     """One update, step = 1, 2, ..: Adam and the average, or no change if the gradient is out of bounds.
     batches: config.accumulate tuples of `forward`'s arguments, from (x,) on; dtype: of the convs;
     average(tensors) replaces tensors by their mean over all processes. Returns named statistics: those of
-    Loss on the device, grad_norm and skipped on the host."""
+    Loss on the device, grad_norm, skipped and lr on the host."""
     config, device = model.config, batches[0][0].device
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad()
@@ -644,8 +668,8 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     norm = float(torch.nn.utils.get_total_norm(gradients))     # the only look from the host
     limit = config.skip_threshold * config.data_channels * config.resolution ** 2 if step > 1000 else math.inf
     good = math.isfinite(norm) and norm <= limit
+    rate = config.lr * min(1, step / max(config.warmup, 1))
     if good:
-        rate = config.lr * min(1, step / max(config.warmup, 1))
         optimizer.param_groups[0]["lr"].copy_(torch.tensor([rate]))
         optimizer.step()
         update_average(ema, model, step)
@@ -653,7 +677,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
         for buffer, value in before:
             buffer.copy_(value)
     stats = Loss(*(torch.stack(values).mean(0) for values in zip(*parts)))
-    return stats._asdict() | {"grad_norm": norm, "skipped": not good}
+    return stats._asdict() | {"grad_norm": norm, "skipped": not good, "lr": rate}
 
 @torch.no_grad()
 def evaluate(model, batches, dtype=torch.float32):

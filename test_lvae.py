@@ -358,8 +358,8 @@ def test_temperature_and_size():
     assert model.generate(wide).shape == (1, 4, 32, 16)
     try:
         model.generate([n[:, :4] for n in noise])
-    except (ValueError, RuntimeError):
-        pass
+    except ValueError as e:
+        assert "expected" in str(e)
     else:
         raise AssertionError("misshapen noise accepted")
 
@@ -768,8 +768,8 @@ def test_noise_may_be_a_function_and_labels_a_mixture():
     assert not torch.allclose(model.generate(noise, table[:2].lerp(table[2:4], 0.5)), model.generate(noise, label))
     try:
         model.generate(noise, torch.zeros(2, 3))
-    except (ValueError, RuntimeError):
-        pass
+    except ValueError as e:
+        assert "expected (2, 32)" in str(e)
     else:
         raise AssertionError("a misshapen embedding was accepted")
 
@@ -1257,7 +1257,7 @@ def test_many_processes_train_and_sample_as_one():
             assert np.array_equal(a["arr_0"], b["arr_0"]) and np.array_equal(a["arr_1"], b["arr_1"]) and len(a["arr_0"]) == 11
         assert not [name for name in os.listdir(".") if name.endswith("tmp")]
         said = shell(*TWO, SAMPLE, "evaluate", "one.npz", "--features", "x", "--reference", "two.npz", code=1)
-        assert "one process" in said or "torchrun" in said
+        assert "one process" in said
 
 def test_one_process_and_two_have_the_same_curve():
     with folder():
@@ -1337,7 +1337,7 @@ def test_commands_end_to_end():
         shell(TRAIN, *FAST)
         assert {"checkpoint.pt", "dae.pt", "log.jsonl", "samples"} <= set(os.listdir("run"))
         entries = [line for line in log_of("run") if line["stage"] == "lvae"]
-        assert {"loss", "distortion", "rate", "rate_bits", "kl_levels", "spectral", "grad_norm", "skipped"} <= entries[0].keys()
+        assert {"loss", "distortion", "rate", "rate_bits", "kl_levels", "spectral", "grad_norm", "skipped", "lr"} <= entries[0].keys()
         assert any("held_out_nelbo_bits" in line for line in entries)
         assert {"0000004.png", "0000004_guided.png", "0000004_reconstructions.png", "dae_000004.png"} <= set(os.listdir("run/samples"))
         shell(SAMPLE, "generate", "run/checkpoint.pt", "--n", "16", "--mean-guidance", "1.5")
@@ -1369,7 +1369,6 @@ def test_pixels_latents_and_presets_of_ones_own():
         config = torch.load("latents/checkpoint.pt", weights_only=True)["config"]
         lvae.PRESETS["celeba"] = lvae.Config(**config)
         try:
-            assert "celeba" in shell(TRAIN, "--help") or True
             refused("needs --data", train.main, "--dataset", "celeba")
             quiet(train.main, "--dataset", "celeba", "--data", "latents.npz", "--steps", "1", "--precision", "fp32")
             assert os.path.exists("runs/celeba/checkpoint.pt")
