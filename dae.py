@@ -61,6 +61,8 @@ class Config:
     def __post_init__(self):
         for name in ("mult", "attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))       # lists come back from files
+        if not all(isinstance(m, (int, float)) for m in self.mult):
+            raise ValueError(f"an autoencoder's mult takes numbers, not {self.mult}")
         fits = min(self.z_channels, self.blocks, self.batch, self.lr) > 0 <= self.codebook
         fits = fits and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
         if not fits or self.blocks > 16 or any(c % 32 or c < 32 for c in (self.width, *self.widths)):

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from train import (Parser, barrier, cli, grid, load_checkpoint, open_images, place, read_image, relabel, reserve, setup,
+from train import (Parser, barrier, cli, load_checkpoint, open_images, place, read_image, relabel, save_picture, setup,
                    to_tensor, to_uint8, world)
 
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -243,9 +243,7 @@ def on_device(sampler, labels, rows):
 def save_grid(path, rows, smallest=128, **names):
     """Save a grid; images smaller than `smallest` pixels are enlarged by a whole factor, to be seen from afar."""
     scale = max(1, -(-smallest // min(image.shape[0] for row in rows for image in row)))
-    picture = grid([[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
-    kind = {".jpg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
-    daes.write(path, lambda file: picture.save(file, kind))
+    save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
 
 def read_photos(sampler, paths, label=None, needed=1):
     """Image files -> uint8 images, their latents x (B, C, h, w) and labels (B,) or None. Bad files are named, skipped.
@@ -344,6 +342,12 @@ def generate(args):
             print(f"{out}: {len(shown)} of {n} samples")
     if args.png_dir:
         print(f"{args.png_dir}: {n} PNG files")
+
+def reserve(path):
+    """Take a sparse file's space on the disk: a full disk is then an error now, not a crash later."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 @contextlib.contextmanager
 def shared_array(path, count, size):

@@ -16,6 +16,7 @@ Reads from the whole to its parts: options, the loop, what happens in which orde
 images, files, devices, the command line. At the end the toy scenes are drawn.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -125,6 +126,8 @@ def train_both(run, model_options, dae_options):
     origin = {name: getattr(run, name) for name in same} | {"dae": first_stage, "dae_options": dae_options}
     if resumed:
         compare(resumed["run"], origin, path)
+    if dae_options and first_stage != "train":
+        raise ValueError("--dae-... options are for --dae train")
     ae = open_first_stage(run, first_stage, resumed, initial)
     if on_latents:
         data, classes = read_latents(run.data, run.holdout)
@@ -145,6 +148,8 @@ def train_both(run, model_options, dae_options):
     lock = claim(run.out)                                      # only now: what was asked for fits
     if not on_latents:
         ae = ae or train_dae(run, stage, images, origin, device, dtype)
+    ae = ae and place(ae, device)                              # channels-last: only training is slower so
+    if not on_latents:
         data = encode_all(run, config, ae, images, val, device, dtype)
     if not config.scale or initial and run.dae:                # a preset's are those of its own autoencoder
         like = resumed["config"] if resumed else measure(data.train, config)
@@ -180,7 +185,8 @@ def fit_config(run, preset, first_stage, shape, classes, model_options):
         raise ValueError("--image-size: divided by the autoencoder's f it must be one of 4, 8, 16, 32, ...")
     if run.dataset == "toy" and not run.init:                  # the user's own data: the preset follows them
         preset = lvae.adapted(preset, channels, side, classes)
-    options = {} if run.init else {"first_stage": first_stage}
+    known = ("none", "train", "latents", *daes.ADDRESSES)
+    options = {} if run.init else {"first_stage": first_stage if first_stage in known else "file"}
     if first_stage == "train":
         options["scale"] = 0.0                                 # to be measured
     if first_stage == "none" and not run.init:
@@ -209,7 +215,6 @@ def train_lvae(run, config, ae, data, origin, start, device, dtype):
     if run.compile == "yes" or run.compile == "auto" and long:
         model.compile(dynamic=False)
     describe(run, config, data, device, dtype)
-    ae = ae and place(ae, device)
     mine = my_part(config.batch)
 
     def batch(number):
@@ -281,7 +286,7 @@ def save_pictures(run, model, ae, data, step, device, dtype):
         pictures["_reconstructions"] = torch.cat([x, rebuilt]), ["encoded", "+ LVAE"]
         for name, (samples, names) in pictures.items():
             images = [to_uint8(ae.decode(row)) for row in lvae.denormalise(samples, config).split(8)]
-            save_png(os.path.join(run.out, "samples", f"{step:07d}{name}.png"), images, row_names=names)
+            save_picture(os.path.join(run.out, "samples", f"{step:07d}{name}.png"), images, row_names=names)
 
 # ---------------------------------------------------------------- stage one: the autoencoder
 
@@ -289,6 +294,9 @@ def train_dae(run, config, images, origin, device, dtype):
     """Train an autoencoder on images (Section 3.1), on every process; resumes from OUT/dae.pt."""
     if device.type == "xla":                                   # there the hosts train
         device, dtype = setup("cpu", run.precision)
+    if config.codebook or config.adversarial_weight and images.size < 32:
+        raise ValueError("--dae train trains KL autoencoders, not VQ ones (--dae-codebook 0), and with an adversary only "
+                         "on images of 32 pixels or more (--dae-adversarial-weight 0)")
     path, mine = os.path.join(run.out, "dae.pt"), my_part(config.batch)
     rows, side, seen = split(len(images.names), 0 if run.val else run.holdout)[0], images.size // config.f, []
     seed_step(run.seed, 0)
@@ -297,11 +305,13 @@ def train_dae(run, config, images, origin, device, dtype):
     if config.adversarial_weight:
         parts["discriminator"] = daes.Discriminator().to(device)
     optimizers = daes.make_optimizers(parts, config)
+    everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     start = daes.read(path) if os.path.exists(path) else None
-    if start:
+    if start is not None:
+        if not isinstance(start, dict) or not {"dae_config", "run", "step", *everything} <= start.keys():
+            raise ValueError(f"{path}: not a save of this version's first stage; choose another --out")
         compare(start["dae_config"], asdict(config), path)
         compare(start["run"] | {"dae_options": origin["dae_options"]}, origin, path)
-    everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     progress = resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} of {len(rows)} images, "
@@ -325,7 +335,7 @@ def train_dae(run, config, images, origin, device, dtype):
         x = torch.stack(seen)
         with torch.no_grad(), lvae.autocast(device, dtype):
             pictures = [to_uint8(x), to_uint8(ae.decode(ae.encode(x)))]
-        save_png(os.path.join(run.out, "samples", f"dae_{step:06d}.png"), pictures)
+        save_picture(os.path.join(run.out, "samples", f"dae_{step:06d}.png"), pictures)
     loop(run, "dae", progress, config.steps, update, save, look)
     return ae.eval()
 
@@ -377,20 +387,20 @@ def read_latents(path, holdout):
     """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data and the number of classes."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            h, labels = file["latents"], file["labels"].astype(np.int64) if "labels" in file else None
+            h, labels = file["latents"], file["labels"] if "labels" in file else None
     except Exception as e:                                     # whatever a broken file provokes
         raise ValueError(f"{path}: expected an .npz with an array named latents ({e})") from None
     square = h.ndim == 4 and len(h) and h.shape[2] == h.shape[3]
     if not square or h.dtype.kind not in "fiu" or not np.isfinite(h).all():
         raise ValueError(f"{path}: latents are {h.dtype} {h.shape}, expected numbers (N, C, H, H) without NaN")
-    if labels is not None and (labels.shape != h.shape[:1] or labels.min() < 0):
-        raise ValueError(f"{path}: labels are {labels.shape}, expected {len(h)} integers from 0 up")
+    if labels is not None and (labels.shape != h.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
+        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected {len(h)} integers from 0 up")
+    labels = None if labels is None else labels.astype(np.int64)
     train, held = (Latents(h[:, None], labels, rows) for rows in split(len(h), holdout))
     return Data(train, held, []), 0 if labels is None else int(labels.max()) + 1
 
 def encode_all(run, config, ae, images, val, device, dtype):
     """Encode all images, once -> Data."""
-    place(ae, device)                                          # channels-last: only training is slower so
     h, good = encode_images(run, ae, images, "train", device, dtype)
     train, held = (Latents(h, images.labels, rows[good[rows]])
                    for rows in split(len(images.names), 0 if val else run.holdout))
@@ -405,7 +415,7 @@ def encode_images(run, ae, images, name, device, dtype):
     They stay in OUT, as float16, NaN for bad images; another autoencoder, size or listing of files makes them
     anew. The first process encodes, the others wait.
     """
-    sums = [value.double().sum().item() for value in ae.state_dict().values()]
+    sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
     key = hashlib.sha256(repr((images.fingerprint, images.size, run.flip, sums)).encode()).hexdigest()[:16]
     path, side = os.path.join(run.out, f"latents_{name}_{key}.npy"), images.size // ae.config.f
     shape = (len(images.names), 1 + run.flip, ae.config.z_channels, side, side)
@@ -491,12 +501,14 @@ class Images:
     bad: dict = field(default_factory=dict)                    # name -> reason
 
     def read(self, i):
+        if self.names[i] in self.bad:
+            return None
         try:
             return self.open(i)
         except Exception as e:                                 # whatever a broken file provokes in Pillow
-            if self.names[i] not in self.bad:
-                tqdm.write(f"skipped {self.names[i]}: {e}")
-            self.bad[self.names[i]] = e
+            reason = self.bad[self.names[i]] = daes.printable(str(e) or type(e).__name__)
+            tqdm.write(f"skipped {daes.printable(self.names[i])}: {reason}")
+            return None
 
 def open_images(path, size):
     """The images of a folder or of an LSUN LMDB folder; of '' or 'toy' the built-in scenes. Raises ValueError."""
@@ -525,9 +537,11 @@ def folder_images(path, size):
         say(f"{path}: {parents.count('')} images lie outside the {len(classes) - 1} sub-folders: these are not classes")
     if "" in classes or len(classes) < 2:
         classes = []
-    labels = np.array([classes.index(parent) if classes else 0 for parent in parents], np.int64)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number.get(parent, 0) for parent in parents], np.int64)
     paths = [os.path.join(path, file) for file in files]
-    listing = [(file, s.st_size, s.st_mtime_ns) for file, s in zip(files, map(os.lstat, paths))]
+    stats = [os.stat(p) if os.path.exists(p) else os.lstat(p) for p in paths]    # of what a link leads to
+    listing = [(file, s.st_size, s.st_mtime_ns) for file, s in zip(files, stats)]
     return Images(paths, labels, classes, size, lambda i: read_image(paths[i], size), repr(listing))
 
 def relabel(images, classes, what):
@@ -609,10 +623,11 @@ def grid(rows, gap=2, row_names=None, column_names=None, title=None):
             sheet.paste(Image.fromarray(image), (int(x) + spare[0] // 2, int(y) + spare[1] // 2))
     return sheet
 
-def save_png(path, rows, **names):
-    """A grid of images as a file."""
+def save_picture(path, rows, **names):
+    """A grid of images as a file: JPEG or WebP if it is called so, else PNG."""
     picture = grid(rows, **names)
-    daes.write(path, lambda file: picture.save(file, "png"))
+    kind = {".jpg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
+    daes.write(path, lambda file: picture.save(file, kind))
 
 def save_checkpoint(path, facts, parts):
     """Replace a checkpoint, whole or not at all, by facts and the states of modules and optimizers, for every device."""
@@ -625,7 +640,10 @@ def load_checkpoint(path):
     classes, dataset (the preset), step and run (how it was made). The tensors are views of the file. Raises LoadError."""
     state = daes.read(path)
     if isinstance(state, dict) and "vae.encoder.in_proj.weight" in state:
-        return released_checkpoint(state, path)
+        try:
+            return released_checkpoint(state, path)
+        except (AttributeError, RuntimeError, IndexError):
+            raise daes.LoadError(f"{path}: misshapen weights, or names that are none") from None
     if not isinstance(state, dict) or not {"config", "ema", "dae", "classes"} <= state.keys():
         raise daes.LoadError(f"{path}: not a checkpoint of train.py's second stage, nor one of the paper's pipelines")
     try:
@@ -654,22 +672,26 @@ def released_checkpoint(state, path):
             return {"config": config, "ema": ema, "dae": autoencoder, "classes": [], "step": 0, "run": {}, "dataset": dataset}
     raise daes.LoadError(f"{path}: a pipeline of the paper, but of no preset")
 
+def restore(optimizer, state):
+    """Give an optimizer another's moments; learning rate and implementation stay this device's own."""
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, moments in optimizer.state.items():         # fused Adam takes its memory format for granted
+        for key, value in moments.items():
+            like = parameter if value.shape == parameter.shape else value
+            moments[key] = torch.empty_like(like).copy_(value)
+
 @torch.no_grad()
 def resume(start, parts, path):
     """Put a checkpoint's state (None: nothing) into modules and optimizers; returns the progress."""
     start = start or {}
     for name, part in parts.items():
-        if name in start and not isinstance(part, torch.optim.Optimizer):
-            try:
+        try:
+            if name in start and isinstance(part, torch.optim.Optimizer):
+                restore(part, start[name])
+            elif name in start:
                 part.load_state_dict(start[name])
-            except RuntimeError as e:
-                raise ValueError(f"{path}: the {name} does not fit: {str(e).splitlines()[-1].strip()}") from None
-        elif name in start:                                    # rate and implementation stay this device's own
-            part.load_state_dict({"state": start[name]["state"], "param_groups": part.state_dict()["param_groups"]})
-            for parameter, moments in part.state.items():      # fused Adam takes its memory format for granted
-                for key, value in moments.items():
-                    like = parameter if value.shape == parameter.shape else value
-                    moments[key] = torch.empty_like(like).copy_(value)
+        except (RuntimeError, TypeError, KeyError, AttributeError) as e:
+            raise ValueError(f"{path}: the {name} in it does not fit ({(str(e).splitlines() or [''])[-1].strip()})") from None
     if start.get("step"):
         say(f"resuming {path} at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
@@ -680,12 +702,6 @@ def compare(found, asked, path):
         if name != "steps" and found.get(name) != value:
             raise ValueError(f"{path} was trained with {name} = {found.get(name)}, asked for {value}: "
                              "give the same options to resume, or another --out to start anew")
-
-def reserve(path):
-    """Take a sparse file's space on the disk: a full disk is then an error now, not a crash later."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 def claim(out):
     """Make a run's folder and lock it against other runs, for as long as the file returned lives. Raises ValueError."""
@@ -725,6 +741,7 @@ def setup(name="auto", precision="auto"):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        atexit.register(dist.destroy_process_group)            # its threads must end before the interpreter does
     if precision == "auto":
         fast = {"cpu": getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"),
                 "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
@@ -817,6 +834,10 @@ def asked_to_stop():
     average([flag])
     return bool(flag > 0)
 
+def barrier():
+    """Wait for the other processes."""
+    asked_to_stop()
+
 # ---------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
@@ -885,10 +906,6 @@ def describe(run, config, data, device, dtype):
     say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, convs in {str(dtype)[6:]}")
     say("config      " + "  ".join(f"{name}={value}" for name, value in asdict(config).items()))
 
-def barrier():
-    """Wait for the other processes."""
-    asked_to_stop()
-
 def main(argv=None):
     """The command line; for XLA a process for each device."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -915,7 +932,7 @@ def cli(main):
         main()
     except (ValueError, OSError) as e:
         text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-        print("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)
+        print(f"error: {daes.printable(text)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last save", file=sys.stderr)
