@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -194,6 +195,12 @@ def test_parameter_counts_are_those_of_table_5():
     for name, count in counts.items():
         with torch.device("meta"):
             assert sum(p.numel() for p in lvae.LVAE(lvae.PRESETS[name]).parameters()) == count, name
+
+def test_every_name_in_the_map_exists():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        rows = re.findall(r"^\| .* \| (\w+)\.py \| `(\w+)` \|$", file.read(), re.MULTILINE)
+    modules = {"lvae": lvae, "dae": dae, "train": train, "sample": sample}
+    assert len(rows) >= 17 and not [row for row in rows if not hasattr(modules[row[0]], row[1])]
 
 def test_copied_alone():
     for module in ("lvae", "dae"):
