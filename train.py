@@ -3,17 +3,14 @@
     python train.py                                              # built-in toy scenes, a laptop, 10 minutes
     python train.py --data photos/                               # a folder of images; sub-folders are classes
     python train.py --data photos/ --dae kl-f8 --image-size 256  # latents of an official autoencoder
-    python train.py --dataset church --data church_outdoor_train_lmdb          # the paper's, Table 5
-    python train.py --dataset church --data DATA --init church_pipeline.pt     # on from the authors' weights
     python train.py --data latents.npz                           # latents of any other autoencoder
-    torchrun --nproc-per-node 8 train.py --dataset church --data DATA          # the same curve on eight GPUs
+    python train.py --dataset church --data church_outdoor_train_lmdb      # the paper's, Table 5
+    python train.py --dataset church --data DATA --init church             # on from the authors' weights
+    torchrun --nproc-per-node 8 train.py --dataset church --data DATA      # the same curve on eight GPUs
 
-Any option of either stage can be set (`--width 96 --dae-steps 3000`); --help explains each. A run's folder,
-runs/NAME or --out, holds checkpoint.pt (all that sampling or resuming needs), log.jsonl and samples/*.png. The same
-command again resumes; on a CPU the result is that of a run never stopped, to the last bit.
-
-Reads from the whole to its parts: options, the loop, what happens in which order, stage two, stage one, latents,
-images, files, devices, the command line. At the end the toy scenes are drawn.
+A run's folder, runs/NAME or --out, holds checkpoint.pt (all that sampling or resuming needs), log.jsonl and
+samples/*.png. The same command again resumes, on a CPU to the last bit. Reads from the whole to its parts:
+options, loop, order of events, the stages, latents, images, files, devices, command line, toy scenes.
 """
 import argparse
 import atexit
@@ -21,37 +18,38 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import signal
+import stat
 import sys
-import threading
 import time
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import dae as daes
 import lvae
+from dae import cli, printable, to_tensor, to_uint8
 from lvae import knob
 
 @dataclass(frozen=True)
 class Run:
-    """What a run reads and writes; the two stages' own options are those of lvae.Config and dae.Config."""
+    """What a run reads and writes. Also options: lvae.Config's fields and, as --dae-.., dae.Config's."""
     dataset: str = knob("toy", "preset: " + ", ".join(lvae.PRESETS))
     data: str = knob("", "folder of images (sub-folders are classes), LSUN LMDB folder, or .npz of latents")
     init: str = knob("", "begin with the model and autoencoder of this checkpoint, or pipeline of the paper")
-    dae: str = knob("", "first stage: FILE, kl-f8, .. (downloaded), train, or none (pixels); empty: as --init or the "
-                    "preset has it")
+    dae: str = knob("", "first stage: FILE, kl-f8, .. (downloaded), train, none (pixels); else the preset's")
     dae_preset: str = knob("small-f4", "what --dae train trains: " + ", ".join(daes.PRESETS))
     out: str = knob("", "the run's folder; empty: runs/DATASET, or runs/ and the data folder's name")
     image_size: int = knob(0, "side of the square images in pixels; 0: the preset's")
@@ -62,19 +60,16 @@ class Run:
     device: str = knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
     precision: str = knob("auto", "bf16 or fp32; auto: bf16 where the hardware has it")
     compile: str = knob("auto", "yes or no: torch.compile the LVAE; auto: on CUDA, for 500 steps or more")
-    log_every: int = knob(20, "steps between lines of log.jsonl")
-    every: int = knob(500, "steps between checkpoints, evaluations and sample grids")
+    log_every: int = knob(20, "steps between lines of log.jsonl", 1)
+    every: int = knob(500, "steps between checkpoints, evaluations and sample grids", 1)
 
 # ---------------------------------------------------------------- the loop of both stages
-
 class Stopped(Exception):
     """The run was asked to stop, and has saved."""
 
 def loop(run, stage, progress, steps, update, save, look):
-    """Run a stage on from progress["step"] to `steps`. Raises Stopped after a signal, ValueError if it diverges.
-
-    update(step) gives named statistics, "skipped" among them; save(); look(step): what people look at.
-    """
+    """Run a stage on from progress["step"] to `steps`. update(step) gives named statistics, "skipped" among
+    them; save(); look(step): what people see. Raises Stopped after a signal, ValueError if it diverges."""
     bar, in_a_row = progress_bar(stage, progress["step"], steps), 0
     for step in range(progress["step"] + 1, steps + 1):
         seed_step(run.seed, step)                              # all that is random is of (seed, step)
@@ -82,8 +77,8 @@ def loop(run, stage, progress, steps, update, save, look):
         bar.update()
         in_a_row = in_a_row + 1 if stats["skipped"] else 0
         if in_a_row == 100:
-            raise ValueError(f"100 steps in a row skipped, the last with gradient norm {stats['grad_norm']:.3g}: lower "
-                             f"the learning rate of the {stage}; {run.out} holds its last good state")
+            raise ValueError(f"100 steps in a row of the {stage} skipped, the last with gradient norm "
+                             f"{stats['grad_norm']:.3g}: lower its learning rate")
         progress |= {"step": step, "skipped": progress["skipped"] + stats["skipped"]}
         stopping, last = asked_to_stop(), step == steps
         if step % run.log_every == 0 or last:
@@ -100,7 +95,7 @@ def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 def log(run, stage, step, stats):
-    """Append to log.jsonl, in one write; of a step run twice the later line counts. Returns a few statistics."""
+    """Append to log.jsonl, in one write; of a step run twice the later line counts. Returns what to show."""
     entry = {"stage": stage, "step": step}
     for name, value in stats.items():
         entry[name] = np.round(value.tolist() if torch.is_tensor(value) else value, 5).tolist()
@@ -110,119 +105,119 @@ def log(run, stage, step, stats):
     return {name: entry[name] for name in ("loss", "rate", "l1") if name in entry}
 
 # ---------------------------------------------------------------- what happens in which order
+PASSING = {"out", "device", "precision", "compile", "log_every", "every", "dae_preset"}    # may change
 
 def train_both(run, model_options, dae_options):
     """The two stages of a run, or what is left of them: first stage and data, encoding, then the LVAE."""
     device, dtype = setup(run.device, run.precision)
-    path, on_latents = os.path.join(run.out, "checkpoint.pt"), run.data.endswith(".npz")
-    resumed = load_checkpoint(path) if os.path.exists(path) else None            # this run, stopped before
-    initial = load_checkpoint(run.init) if run.init and not resumed else None    # another's, to begin with
-    known = resumed or initial
-    preset = known["config"] if run.init else lvae.PRESETS[run.dataset]
-    if run.init and run.dataset not in ("toy", known["dataset"]):
+    path, npz = os.path.join(run.out, "checkpoint.pt"), run.data.endswith(".npz")
+    lasting = {name: value for name, value in asdict(run).items() if name not in PASSING}
+    lasting["dae_options"] = dae_options
+    resumed = os.path.exists(path)                             # this run; else --init's, to begin with
+    known = load_checkpoint(path if resumed else run.init) if resumed or run.init else None
+    config = known["config"] if known else lvae.PRESETS[run.dataset]
+    name = run.dae or ("latents" if npz else config.first_stage)
+    if resumed:
+        compare(known["run"], lasting, path)
+        compare(asdict(config), model_options, path)
+    elif run.init and run.dataset not in ("toy", known["dataset"]):
         raise ValueError(f"--init {run.init}: a model of {known['dataset']}, not of {run.dataset}")
-    first_stage = run.dae or ("latents" if on_latents else "init" if run.init else preset.first_stage)
-    same = ("dataset", "data", "val", "holdout", "init", "image_size", "flip", "seed")
-    origin = {name: getattr(run, name) for name in same} | {"dae": first_stage, "dae_options": dae_options}
-    if resumed:
-        compare(resumed["run"], origin, path)
-    if dae_options and first_stage != "train":
-        raise ValueError("--dae-... options are for --dae train")
-    ae = open_first_stage(run, first_stage, resumed, initial)
-    if on_latents:
-        data, classes = read_latents(run.data, run.holdout)
-        config = fit_config(run, preset, first_stage, data.train.h.shape[2:], classes, model_options)
+    if resumed or run.init and not run.dae:
+        ae = autoencoder_of(known, run.init or path)
     else:
+        ae = daes.Identity() if name == "none" else None if name in ("train", "latents") else daes.load(name)
+    if npz:
+        data = read_latents(run.data, run.holdout)
+        shape, classes = data.h.shape[2:], 0 if data.labels is None else int(data.labels.max()) + 1
+    else:
+        if not ae and (name != "train" or run.init and not run.dae):
+            raise ValueError(f"--init {run.init} holds no autoencoder: name one with --dae FILE")
         stage = ae.config if ae else replace(daes.PRESETS[run.dae_preset], **dae_options)
-        size = run.image_size or preset.resolution * stage.f
-        images, val = open_images(run.data, size), open_images(run.val, size) if run.val else None
-        if run.init and known["classes"]:
-            relabel(images, known["classes"], run.data)
-        elif run.init and preset.num_classes not in (0, len(images.classes)):
-            raise ValueError(f"{run.data}: its {len(images.classes)} classes (sub-folders) cannot be matched with the "
-                             f"{preset.num_classes} of --init {run.init}, which have no names")
-        shape = (stage.z_channels, size // stage.f, size / stage.f)
-        config = fit_config(run, preset, first_stage, shape, len(images.classes), model_options)
-        if val and config.num_classes:
-            relabel(val, images.classes, f"--val {run.val}")
-    lock = claim(run.out)                                      # only now: what was asked for fits
-    if not on_latents:
-        ae = ae or train_dae(run, stage, images, origin, device, dtype)
-    ae = ae and place(ae, device)                              # channels-last: only training is slower so
-    if not on_latents:
-        data = encode_all(run, config, ae, images, val, device, dtype)
-    if not config.scale or initial and run.dae:                # a preset's are those of its own autoencoder
-        like = resumed["config"] if resumed else measure(data.train, config)
-        config = replace(config, shift=like.shift, scale=like.scale)
-    if resumed:
-        compare(asdict(resumed["config"]), asdict(config), path)
-        compare(resumed, {"classes": data.classes}, path)
-    if initial:
-        known = {"dataset": initial["dataset"], "model": initial["ema"], "ema": initial["ema"]}
-    train_lvae(run, config, ae, data, origin, known, device, dtype)
-    del lock
+        size = run.image_size or config.resolution * stage.f
+        images, rows = open_data(run, size, known["classes"] if run.init else [])
+        shape, classes = (stage.z_channels, size / stage.f, size / stage.f), len(images.classes)
+    if not known:
+        config = fit_preset(run, config, name, shape, classes)
+    config = replace(config, **model_options)
+    check(run, config, shape, classes)
+    with claim(run.out):                                       # only now: what was asked for fits
+        if not npz:
+            ae = place(ae or train_dae(run, stage, size, images, rows[0], lasting, device, dtype), device)
+            data = encode_all(run, ae, size, images, rows, device, dtype)
+        if not resumed and (run.dae if run.init else not config.scale):
+            config = measured(data, config)                    # a preset's are those of its own autoencoder
+        if resumed:
+            compare(known, {"classes": data.classes}, path)
+        elif known:
+            known = {"dataset": known["dataset"], "model": known["ema"], "ema": known["ema"]}
+        train_lvae(run, config, ae, data, lasting, known, device, dtype)
 
-def open_first_stage(run, stage, resumed, initial):
-    """The autoencoder of a run; None if it is to be trained, or if latents come without one."""
-    if not run.data and not run.dataset.startswith("toy"):
-        source = SOURCES.get(run.dataset.split("-")[0], "a folder of its images")
-        raise ValueError(f"--dataset {run.dataset} needs --data: {source}")
-    if run.data.endswith(".npz") and (run.flip or run.val or run.image_size or stage in ("train", "none")):
-        raise ValueError("--flip, --val, --image-size and --dae train are for images, not for an .npz of latents")
-    known = resumed or initial
-    if stage == "none" or stage == "init" and known["config"].first_stage == "none":
+def autoencoder_of(state, path):
+    """The autoencoder of a checkpoint; None if there is none in it."""
+    if state["config"].first_stage == "none":
         return daes.Identity()
-    if known and known["dae"] and (resumed or stage in ("init", "latents")):
-        return daes.from_state(known["dae"], run.init or run.out)
-    if stage == "init":
-        raise ValueError(f"--init {run.init} holds no autoencoder: name one with --dae FILE")
-    return None if stage in ("train", "latents") else daes.load(stage)
+    return daes.from_state(state["dae"], path) if state["dae"] else None
 
-def fit_config(run, preset, first_stage, shape, classes, model_options):
-    """The LVAE's configuration for data (channels, side, side) in so many classes. Raises ValueError."""
-    channels, side, _ = shape
-    if side < 4 or side & (side - 1) or side != shape[2]:
-        raise ValueError("--image-size: divided by the autoencoder's f it must be one of 4, 8, 16, 32, ...")
-    if run.dataset == "toy" and not run.init:                  # the user's own data: the preset follows them
-        preset = lvae.adapted(preset, channels, side, classes)
-    known = ("none", "train", "latents", *daes.ADDRESSES)
-    options = {} if run.init else {"first_stage": first_stage if first_stage in known else "file"}
-    if first_stage == "train":
-        options["scale"] = 0.0                                 # to be measured
-    if first_stage == "none" and not run.init:
-        options |= {"shift": 127.5, "scale": 127.5}
-    config = replace(preset, **options | model_options)
-    if (config.data_channels, config.resolution) != (channels, side):
-        raise ValueError(f"the data are {channels}x{side}x{side}, the config is for {config.data_channels}x"
-                         f"{config.resolution}x{config.resolution} (--image-size, --resolution)")
-    if config.num_classes and not 0 < classes <= config.num_classes:
-        raise ValueError(f"{run.data or 'the toy'} has {classes} classes (sub-folders, labels), which does not fit "
-                         f"num_classes {config.num_classes}")
-    return config
+def open_data(run, size, classes):
+    """A run's images, those of --val last, and which are (to train on, held out). classes: of --init."""
+    images = open_images(run.data, size, run.out)
+    if classes:
+        relabel(images, classes, run.data)
+    n = len(images.names)
+    if not run.val:
+        return images, split(n, run.holdout)
+    val = open_images(run.val, size, run.out)
+    if images.classes:
+        relabel(val, images.classes, f"--val {run.val}")
+    both = Images(images.names + val.names, np.append(images.labels, val.labels), images.classes,
+                  lambda i: images.open(i) if i < n else val.open(i - n), [images.listing, val.listing])
+    return both, (np.arange(n), np.arange(n, len(both.names)))
+
+def fit_preset(run, config, name, shape, classes):
+    """A preset for a first stage of that name; the toy's follows the user's own data of a shape (C, H, W)."""
+    options = {"train": {"scale": 0.0}, "none": {"shift": 127.5, "scale": 127.5}}.get(name, {})
+    if run.dataset == "toy":
+        config = lvae.adapted(config, shape[0], int(shape[1]), classes)
+    return replace(config, first_stage=name, **options)
+
+def check(run, config, shape, classes):
+    """Raise a ValueError if a Config is not for data of a shape (C, H, W) in so many classes."""
+    if (config.data_channels, config.resolution, config.resolution) != shape:
+        raise ValueError(f"the data are (C, H, W) = {shape}, the config is for {config.data_channels} "
+                         f"channels at {config.resolution} (--image-size, --resolution)")
+    unnamed = run.init and not run.data.endswith(".npz")       # folders in the order of --init's labels
+    if config.num_classes and not (config.num_classes if unnamed else 1) <= classes <= config.num_classes:
+        raise ValueError(f"{run.data or 'the toy'} has {classes} classes (sub-folders, labels), which does "
+                         f"not fit num_classes {config.num_classes}")
 
 # ---------------------------------------------------------------- stage two: the hierarchical VAE
-
-def train_lvae(run, config, ae, data, origin, start, device, dtype):
+def train_lvae(run, config, ae, data, lasting, start, device, dtype):
     """Train the LVAE: on from a checkpoint `start`, this run's or that of --init, or anew (None)."""
     seed_step(run.seed, 0)
     model = place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
-    dataset = start["dataset"] if run.init else run.dataset
-    progress = resume(start, parts, run.init or path)
-    start = None                                               # lets go of the mapped file
-    long = device.type == "cuda" and config.steps - progress["step"] >= 500
-    if run.compile == "yes" or run.compile == "auto" and long:
+    progress = resume(start or {}, parts, run.init or path)
+    facts = {"config": asdict(config), "run": lasting, "classes": data.classes,
+             "dataset": start["dataset"] if run.init else run.dataset}
+    if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
-    describe(run, config, data, device, dtype)
-    mine = my_part(config.batch)
+    kinds = f"{config.num_classes} classes" if config.num_classes else "unconditional"
+    say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
+        f"{kinds}")
+    say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, in {dtype}")
+    say("config      " + "  ".join(f"{name}={value}" for name, value in asdict(config).items()))
+    mine, source = my_part(config.batch), "cpu" if device.type == "xla" else device
 
     def batch(number):
-        indices = batch_indices(run.seed, len(data.train.rows), config.batch, number)
-        view = np.random.default_rng((run.seed, number)).integers(2, size=len(indices))
-        x, label = data.train.batch(indices[mine], config, device, view[mine])
-        noise, drop_label = lvae.draw_noise(model, config.batch, device, mine)
-        return x, label, noise, None, drop_label
+        """Part `mine` of a batch; what is random is drawn for all of it, so that N processes train as one."""
+        rows = data.train[batch_indices(run.seed, len(data.train), config.batch, number)[mine]]
+        view = np.random.default_rng((run.seed, number)).integers(2, size=config.batch)[mine]
+        x, label = load_batch(data, rows, config, device, view)
+        noise = [torch.randn(config.batch, *shape, device=source)[mine].to(device)
+                 for shape in model.latent_shapes()]
+        dropped = torch.rand(config.batch, device=source)[mine].to(device) < config.label_dropout
+        return x, label, noise, None, dropped
 
     def update(step):
         started = time.time()
@@ -235,13 +230,12 @@ def train_lvae(run, config, ae, data, origin, start, device, dtype):
 
     @only_first
     def save():
-        facts = {"config": asdict(config), "run": origin, "classes": data.classes, "dataset": dataset}
         save_checkpoint(path, facts | progress, parts | {"dae": ae or daes.Identity()})
 
     @only_first
     def look(step):
-        if len(data.held.rows):
-            log(run, "lvae", step, evaluate(ema, data.held, device, dtype))
+        if len(data.held):
+            log(run, "lvae", step, evaluate(ema, data, device, dtype))
         if ae is not None:
             save_pictures(run, ema, ae, data, step, device, dtype)
     if progress["step"] == 0:
@@ -249,219 +243,176 @@ def train_lvae(run, config, ae, data, origin, start, device, dtype):
     loop(run, "lvae", progress, config.steps, update, save, look)
     say(f"done: {path}, {progress['skipped']} steps skipped. Samples: python sample.py generate {path}")
 
-def evaluate(model, held, device, dtype):
+@torch.no_grad()
+def evaluate(model, data, device, dtype):
     """Held-out distortion and rate, nats per sample, and negative ELBO, bits per dimension. Repeatable."""
-    def batches():
-        for first in range(0, len(held.rows), model.config.batch):
-            rows = np.arange(first, min(first + model.config.batch, len(held.rows)))
-            yield *held.batch(rows, model.config, device), lvae.draw_noise(model, len(rows), device)[0]
     seed_step(0, 0)
-    distortion, rate = lvae.evaluate(model, batches(), dtype)
+    total = np.zeros(2)
+    for rows in np.split(data.held, range(model.config.batch, len(data.held), model.config.batch)):
+        x, label = load_batch(data, rows, model.config, device)
+        with lvae.autocast(device, dtype):
+            losses = lvae.objective(model(x, label), x, model.config)
+        total += len(x) * np.array([float(losses.distortion), float(losses.rate)])
+    distortion, rate = total / len(data.held)
     bits = lvae.bits_per_dim(distortion + rate, model.config)
-    tqdm.write(f"negative ELBO of {len(held.rows)} held-out images: {bits:.4f} bits/dim")
+    tqdm.write(f"negative ELBO of {len(data.held)} held-out images: {bits:.4f} bits/dim")
     return {"held_out_distortion": distortion, "held_out_rate": rate, "held_out_nelbo_bits": bits}
 
 @torch.no_grad()
 def save_pictures(run, model, ae, data, step, device, dtype):
     """Samples, a row of eight per class, unguided and guided, and reconstructions of held-out images."""
-    config, held = model.config, data.held if len(data.held.rows) else data.train
-    x, x_label = held.batch(np.linspace(0, len(held.rows) - 1, 8).astype(int), config, device)
+    config, held = model.config, data.held if len(data.held) else data.train
+    x, x_label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
     low_res = lvae.shrink(x, config) if config.upsample else None
     rows = 1 if config.upsample else min(config.num_classes, 10) or 8
     label = torch.arange(rows, device=device).repeat_interleave(8) if config.num_classes else None
-    names = [data.classes[i][:16] if i < len(data.classes) else str(i) for i in range(rows)]
-    names = names if config.num_classes else None
+    names = (data.classes or list(map(str, range(rows))))[:rows] if config.num_classes else None
 
     def sample(**guidance):
         seed_step(0, 0)                                        # the same at every step: progress shows
-        noise, _ = lvae.draw_noise(model, 8 * rows, device)
-        return model.generate(noise, label, low_res=low_res, **guidance)
+        return model.generate(None, label, 8 * rows, low_res=low_res, **guidance)
     with lvae.autocast(device, dtype):
-        pictures = {"": (sample(), names)}
+        rebuilt = model.generate(model.encode(x, x_label, None, low_res), x_label, low_res=low_res)
+        pictures = {"": (sample(), names), "_reconstructions": (torch.cat([x, rebuilt]), ["encoded", "LVAE"])}
         if config.num_classes and config.hierarchical_prior:
             weights = lvae.guidance_levels(config, 1.5)
             pictures["_guided"] = sample(mean_guidance=weights, variance_guidance=1.0), names
-        eps = model.encode(x, x_label, lvae.draw_noise(model, len(x), device)[0], low_res)
-        rebuilt = model.generate(eps, x_label, low_res=low_res)
-        pictures["_reconstructions"] = torch.cat([x, rebuilt]), ["encoded", "+ LVAE"]
         for name, (samples, names) in pictures.items():
             images = [to_uint8(ae.decode(row)) for row in lvae.denormalise(samples, config).split(8)]
-            save_picture(os.path.join(run.out, "samples", f"{step:07d}{name}.png"), images, row_names=names)
+            save_picture(os.path.join(run.out, "samples", f"{step:07d}{name}.png"), images, names)
 
 # ---------------------------------------------------------------- stage one: the autoencoder
-
-def train_dae(run, config, images, origin, device, dtype):
-    """Train an autoencoder on images (Section 3.1), on every process; resumes from OUT/dae.pt."""
+def train_dae(run, config, size, images, rows, lasting, device, dtype):
+    """Train an autoencoder on rows of images (Section 3.1), on every process; resumes from OUT/dae.pt."""
     if device.type == "xla":                                   # there the hosts train
         device, dtype = setup("cpu", run.precision)
-    if config.codebook or config.adversarial_weight and images.size < 32:
-        raise ValueError("--dae train trains KL autoencoders, not VQ ones (--dae-codebook 0), and with an adversary only "
-                         "on images of 32 pixels or more (--dae-adversarial-weight 0)")
-    path, mine = os.path.join(run.out, "dae.pt"), my_part(config.batch)
-    rows, side, seen = split(len(images.names), 0 if run.val else run.holdout)[0], images.size // config.f, []
+    if config.codebook or config.adversarial_weight and size < 32:
+        raise ValueError("--dae train trains KL autoencoders, not VQ ones (--dae-codebook 0), and with an "
+                         "adversary only on images of 32 pixels or more (--dae-adversarial-weight 0)")
+    path, mine, seen = os.path.join(run.out, "dae.pt"), my_part(config.batch), []
     seed_step(run.seed, 0)
-    ae = daes.Autoencoder(config).to(device)
-    parts = {"dae": ae}
+    parts = {"dae": daes.Autoencoder(config).to(device)}
     if config.adversarial_weight:
         parts["discriminator"] = daes.Discriminator().to(device)
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-    start = daes.read(path) if os.path.exists(path) else None
-    if start is not None:
-        if not isinstance(start, dict) or not {"dae_config", "run", "step", *everything} <= start.keys():
-            raise ValueError(f"{path}: not a save of this version's first stage; choose another --out")
-        compare(start["dae_config"], asdict(config), path)
-        compare(start["run"] | {"dae_options": origin["dae_options"]}, origin, path)
+    lasting = lasting | {"dae_options": asdict(config)}
+    start = daes.read(path) if os.path.exists(path) else {}
+    if start:
+        compare(start.get("run", {}) if isinstance(start, dict) else {}, lasting, path)
     progress = resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
-    say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} of {len(rows)} images, "
-        f"{images.size}x{images.size}" + ("" if perceptual else "; no perceptual term (pip install lpips)"))
-    batches = read_ahead(lambda number: dae_batch(run, config, images, rows, number, mine), progress["step"])
+    say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} "
+        f"of {len(rows)} images, {size}x{size}" + ("" if perceptual else "; no lpips, no perceptual term"))
+
+    def batch(number):
+        """Part `mine` of a batch, with --flip half of it mirrored; for a bad image the next good one."""
+        mirror = np.random.default_rng((run.seed, number)).random(config.batch)[mine] < run.flip / 2
+        indices = batch_indices(run.seed, len(rows), config.batch, number)[mine]
+        good = [images.first_good(rows, index) for index in indices]
+        return [image[:, ::-1] if flip else image for image, flip in zip(good, mirror)]
+    batches = read_ahead(batch, itertools.count(progress["step"]))
 
     def update(step):
         started, x = time.time(), to_tensor(next(batches)).to(device)
         seen[:] = x[:8]
+        side, context = size // config.f, lvae.autocast(device, dtype)
         noise = torch.randn(config.batch, config.z_channels, side, side, device=device)[mine]
-        context = lvae.autocast(device, dtype)
         stats = daes.train_step(parts, optimizers, x, noise, step, perceptual, average, context)
         return stats | {"images_per_s": config.batch / (time.time() - started)}
 
     @only_first
     def save():
-        save_checkpoint(path, {"dae_config": asdict(config), "run": origin} | progress, everything)
+        save_checkpoint(path, {"run": lasting} | progress, everything)
 
     @only_first
     def look(step):
         x = torch.stack(seen)
         with torch.no_grad(), lvae.autocast(device, dtype):
-            pictures = [to_uint8(x), to_uint8(ae.decode(ae.encode(x)))]
+            pictures = [to_uint8(x), to_uint8(parts["dae"].decode(parts["dae"].encode(x)))]
         save_picture(os.path.join(run.out, "samples", f"dae_{step:06d}.png"), pictures)
     loop(run, "dae", progress, config.steps, update, save, look)
-    return ae.eval()
+    return parts["dae"].eval()
 
-def dae_batch(run, config, images, rows, number, mine):
-    """Part `mine` of batch `number`, with --flip half of it mirrored; for a bad image the next good one."""
-    mirrored = np.random.default_rng((run.seed, number)).random(config.batch)[mine] < (0.5 if run.flip else 0)
-    batch = []
-    for index, mirror in zip(batch_indices(run.seed, len(rows), config.batch, number)[mine], mirrored):
-        following = (images.read(rows[(index + k) % len(rows)]) for k in range(len(rows)))
-        image = next((image for image in following if image is not None), None)
-        if image is None:
-            raise ValueError(f"no usable image among {len(rows)}: {next(iter(images.bad.items()))}")
-        batch.append(image[:, ::-1] if mirror else image)
-    return batch
-
-def read_ahead(read, number):
-    """read(number), read(number + 1), ..: each made in a thread while the one before is used."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, number)
-        while True:
-            result, number = ahead.result(), number + 1
-            ahead = pool.submit(read, number)
-            yield result
+def read_ahead(read, items, ahead=4):
+    """read(item) of every item, in order; up to `ahead` of them are read in threads while one is used."""
+    items = iter(items)
+    with ThreadPoolExecutor(ahead) as pool:
+        waiting = deque(pool.submit(read, item) for item in itertools.islice(items, ahead))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(read, item) for item in itertools.islice(items, 1))
 
 # ---------------------------------------------------------------- from images to latents
+# Raw latents (N, views, C, h, w); labels (N,) or None; the rows to train on and held out; the classes' names.
+Data = namedtuple("Data", "h labels train held classes")
 
-@dataclass
-class Latents:
-    """Raw latents (N, views, C, h, w), labels (N,) or None, and the rows to use."""
-    h: np.ndarray
-    labels: np.ndarray
-    rows: np.ndarray
-
-    def batch(self, indices, config, device, view=0):
-        """Rows `indices` -> normalised x (B, C, h, w) and labels (B,) or None."""
-        rows = self.rows[indices]
-        h = self.h[rows, np.broadcast_to(view, rows.shape) % self.h.shape[1]].astype(np.float32)
-        label = torch.from_numpy(self.labels[rows]).to(device) if config.num_classes else None
-        return lvae.normalise(torch.from_numpy(h).to(device), config), label
-
-@dataclass
-class Data:
-    """What stage two trains on, what it is evaluated on, and the names of its classes, if any."""
-    train: Latents
-    held: Latents
-    classes: list
+def load_batch(data, rows, config, device, view=0):
+    """Rows -> normalised x (B, C, h, w) and labels (B,) or None, on the device."""
+    h = data.h[rows, np.broadcast_to(view, rows.shape) % data.h.shape[1]].astype(np.float32)
+    label = torch.from_numpy(data.labels[rows]).to(device) if config.num_classes else None
+    return lvae.normalise(torch.from_numpy(h).to(device), config), label
 
 def read_latents(path, holdout):
-    """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data and the number of classes."""
+    """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data. Raises ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            h, labels = file["latents"], file["labels"] if "labels" in file else None
+            h, labels = file["latents"], file["labels"].astype(np.int64) if "labels" in file else None
+        if h.shape[2] != h.shape[3] or not np.abs(h, dtype=np.float32).max() < 1e6:
+            raise ValueError(f"they are {h.dtype} {h.shape}")
+        if labels is not None and (labels.shape != h.shape[:1] or labels.min() < 0):
+            raise ValueError(f"labels of shape {labels.shape}")
     except Exception as e:                                     # whatever a broken file provokes
-        raise ValueError(f"{path}: expected an .npz with an array named latents ({e})") from None
-    square = h.ndim == 4 and len(h) and h.shape[2] == h.shape[3]
-    if not square or h.dtype.kind not in "fiu" or not np.isfinite(h).all():
-        raise ValueError(f"{path}: latents are {h.dtype} {h.shape}, expected numbers (N, C, H, H) without NaN")
-    if labels is not None and (labels.shape != h.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected {len(h)} integers from 0 up")
-    labels = None if labels is None else labels.astype(np.int64)
-    train, held = (Latents(h[:, None], labels, rows) for rows in split(len(h), holdout))
-    return Data(train, held, []), 0 if labels is None else int(labels.max()) + 1
+        raise ValueError(f"{path}: expected an .npz with an array named latents, finite numbers (N, C, H, H) "
+                         f"and perhaps labels, N integers from 0 up ({e})") from None
+    return Data(h[:, None], labels, *split(len(h), holdout), [])
 
-def encode_all(run, config, ae, images, val, device, dtype):
-    """Encode all images, once -> Data."""
-    h, good = encode_images(run, ae, images, "train", device, dtype)
-    train, held = (Latents(h, images.labels, rows[good[rows]])
-                   for rows in split(len(images.names), 0 if val else run.holdout))
-    if val:
-        h, good = encode_images(run, ae, val, "val", device, dtype)
-        held = Latents(h, val.labels, np.flatnonzero(good))
-    return Data(train, held, images.classes if config.num_classes else [])
-
-def encode_images(run, ae, images, name, device, dtype):
-    """Latents of images (N, 1 or 2, C, h, w), as they are and with --flip mirrored, and which are good (N,).
-
-    They stay in OUT, as float16, NaN for bad images; another autoencoder, size or listing of files makes them
-    anew. The first process encodes, the others wait.
-    """
+def encode_all(run, ae, size, images, rows, device, dtype):
+    """Encode all images, once -> Data. The first process encodes, the others wait. The latents stay in OUT,
+    with --flip also of mirrored images, float16, NaN for bad ones, till autoencoder, size or files change."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
-    key = hashlib.sha256(repr((images.fingerprint, images.size, run.flip, sums)).encode()).hexdigest()[:16]
-    path, side = os.path.join(run.out, f"latents_{name}_{key}.npy"), images.size // ae.config.f
-    shape = (len(images.names), 1 + run.flip, ae.config.z_channels, side, side)
+    key = hashlib.sha256(repr((images.listing, size, run.flip, sums)).encode()).hexdigest()[:16]
+    path, views = os.path.join(run.out, f"latents_{key}.npy"), 1 + run.flip
+    shape = (len(images.names), views, ae.config.z_channels, size // ae.config.f, size // ae.config.f)
 
     def save(file):
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        for h in encodings(ae, images, 1 + run.flip, device, dtype):
+        for h in encodings(ae, size, images, views, device, dtype):
             file.write(h.astype(np.float16).tobytes())
     if world()[0] == 0 and not os.path.exists(path):
         with contextlib.suppress(Stopped):
             daes.write(path, save)
     if asked_to_stop():                                        # all processes wait here
-        raise Stopped(f"the {name} images are not all encoded yet")
+        raise Stopped("the images are not all encoded yet")
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
-    say(f"{name} images: {len(good) - good.sum()} of {len(good)} are bad and left out")
+    say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
     if not good.any():
         raise ValueError(f"no usable image among {len(good)}")
-    return h, good
+    return Data(h, images.labels, *(some[good[some]] for some in rows), images.classes)
 
 @torch.no_grad()
-def encodings(ae, images, views, device, dtype):
+def encodings(ae, size, images, views, device, dtype):
     """The latents of all images, (batch, views, C, h, w) at a time; NaN for bad ones."""
-    count, pixels = len(images.names), 64 ** 3 * (4 if device.type == "cuda" else 1)
-    batch = max(1, min(64, pixels // images.size ** 2))
-    readers, bar = ThreadPoolExecutor(8), progress_bar("encoding", 0, count)
-    blank = np.zeros((images.size, images.size, 3), np.uint8)
+    batch = max(1, min(64, (128 if device.type == "cuda" else 64) ** 3 // size ** 2 // 2))
+    blank, bar = np.zeros((size, size, 3), np.uint8), progress_bar("encoding", 0, len(images.names))
 
-    def read(number):
-        return list(readers.map(images.read, range(number * batch, min((number + 1) * batch, count))))
-    for _, part in zip(range(0, count, batch), read_ahead(read, 0)):
+    def read(first):
+        return [images.read(i) for i in range(first, min(first + batch, len(images.names)))]
+    for part in read_ahead(read, range(0, len(images.names), batch)):
         if asked:
             raise Stopped
         x = to_tensor([blank if image is None else image for image in part]).to(device)
         with lvae.autocast(device, dtype):
             h = torch.stack([ae.encode(view) for view in [x, x.flip(3)][:views]], dim=1).float().cpu().numpy()
-        for row, image in zip(h, part):
-            if image is None or not np.isfinite(row).all():
-                row[:] = np.nan
+        h[[image is None for image in part]] = np.nan
         bar.update(len(part))
         yield h
     bar.close()
 
-def measure(latents, config):
+def measured(data, config):
     """The config with shift and scale such that up to 10,000 of the latents have mean 0 and variance 1."""
-    h = latents.h[latents.rows[::max(1, len(latents.rows) // 10_000)], 0].astype(np.float32)
+    h = data.h[data.train[::max(1, len(data.train) // 10_000)], 0].astype(np.float32)
     if not len(h) or not h.std() > 0:
         raise ValueError("nothing to learn from: no image is left to train on, or all latents are the same")
     return replace(config, shift=float(h.mean()), scale=float(h.std()))
@@ -472,83 +423,97 @@ def split(count, share):
     held = min(round(share * count), 2000) if count > 1 else 0
     return np.sort(order[held:]), np.sort(order[:held])
 
-@lru_cache(maxsize=2)
-def epoch_order(seed, epoch, count):
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
 def batch_indices(seed, count, batch, number):
     """Batch `number` of an endless pass over `count` items, shuffled anew each epoch: a pure function."""
-    places = range(number * batch, (number + 1) * batch)
-    return np.array([epoch_order(seed, place // count, count)[place % count] for place in places])
+    epochs, places = np.divmod(np.arange(number * batch, (number + 1) * batch), count)
+    orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in set(epochs.tolist())}
+    return np.array([orders[e][place] for e, place in zip(epochs, places)])
 
 # ---------------------------------------------------------------- images
-
-SOURCES = {  # where the data of the paper's presets come from
-    "church": "LSUN Church outdoor, unpacked: http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip",
-    "bedroom": "LSUN Bedroom, unpacked: http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip",
-    "imagenet": "ImageNet's training folder of synset folders: https://image-net.org/download.php"}
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # none that starts a program
+SOURCES = {"church": "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip, unpacked",
+           "bedroom": "http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip, unpacked",
+           "imagenet": "the training folder of synset folders, https://image-net.org/download.php"}
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # start no program
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28    # no picture is lost for its text
 
 @dataclass
 class Images:
-    """A set of images: `read(i)` gives (size, size, 3) uint8, or None where the image is bad (then named in `bad`)."""
+    """A set of images: `read(i)` gives (size, size, 3) uint8, or None for a bad one (then named in `bad`)."""
     names: list
     labels: np.ndarray                                         # (N,) int64, all 0 without classes
     classes: list                                              # names, empty without classes
-    size: int
-    open: object                                               # function of an index -> array; raises on a bad image
-    fingerprint: str                                           # changes when the files do
+    open: object                                               # index -> image; raises on a bad one
+    listing: object                                            # changes when the files do
     bad: dict = field(default_factory=dict)                    # name -> reason
 
     def read(self, i):
-        if self.names[i] in self.bad:
-            return None
-        try:
-            return self.open(i)
-        except Exception as e:                                 # whatever a broken file provokes in Pillow
-            reason = self.bad[self.names[i]] = daes.printable(str(e) or type(e).__name__)
-            tqdm.write(f"skipped {daes.printable(self.names[i])}: {reason}")
-            return None
+        if self.names[i] not in self.bad:
+            try:
+                return self.open(i)
+            except Exception as e:                             # whatever a broken file provokes in Pillow
+                self.bad[self.names[i]] = str(e) or type(e).__name__
+                tqdm.write(printable(f"skipped {self.names[i]}: {self.bad[self.names[i]]}"))
 
-def open_images(path, size):
-    """The images of a folder or of an LSUN LMDB folder; of '' or 'toy' the built-in scenes. Raises ValueError."""
+    def first_good(self, rows, start):
+        """The first of `rows`, from `start` on, that is not bad. Raises ValueError if all are."""
+        for i in np.roll(rows, -start):
+            if (image := self.read(i)) is not None:
+                return image
+        raise ValueError(f"no usable image among {len(rows)}: {next(iter(self.bad.items()))}")
+
+def open_images(path, size, out=None):
+    """The images of a folder (without the run's folder `out`) or of an LSUN LMDB folder; for '' or 'toy' the
+    built-in scenes. Raises ValueError."""
     if path in ("", "toy"):
-        labels = np.arange(TOY_COUNT, dtype=np.int64) % len(TOY_CLASSES)
+        labels = np.arange(TOY_COUNT) % len(TOY_CLASSES)
         names = [f"toy {i}" for i in range(TOY_COUNT)]
-        return Images(names, labels, list(TOY_CLASSES), size, lambda i: toy(i, size)[0], f"toy {TOY_COUNT}")
+        return Images(names, labels, list(TOY_CLASSES), lambda i: toy(i, size)[0], "toy")
     if not os.path.isdir(path):
-        raise ValueError(f"{path}: no such folder; expected one of images, an LSUN LMDB folder, or an .npz of latents")
-    return (lmdb_images if os.path.exists(os.path.join(path, "data.mdb")) else folder_images)(path, size)
-
-def folder_images(path, size):
-    """Every image below a folder, sorted. If all lie in sub-folders, and there are several, those are the classes."""
-    extensions = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
-    files = []
-    for folder, inside, names in os.walk(path, followlinks=True):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        files += [os.path.relpath(os.path.join(folder, name), path) for name in names
-                  if name.lower().endswith(extensions) and not name.startswith(".")]
+        raise ValueError(f"{path}: no such folder; expected one of images, an LSUN LMDB folder, or an .npz")
+    if os.path.exists(os.path.join(path, "data.mdb")):
+        return lmdb_images(path, size)
+    files = list_images(path, out)
     if not files:
         raise ValueError(f"{path}: no image found in it (expected .jpg, .png, ... at any depth)")
-    files.sort(key=lambda file: file.split(os.sep))
-    parents = [os.path.dirname(file).split(os.sep)[0] for file in files]         # "" for those outside
+    names = [os.path.join(path, name) for name, *_ in files]
+    parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
     classes = sorted(set(parents))
     if "" in classes and len(classes) > 2:
-        say(f"{path}: {parents.count('')} images lie outside the {len(classes) - 1} sub-folders: these are not classes")
-    if "" in classes or len(classes) < 2:
+        say(f"{path}: {parents.count('')} images lie outside the sub-folders: these are not classes")
+    if "" in classes or len(classes) < 2:                      # all lie in sub-folders, and there are several
         classes = []
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number.get(parent, 0) for parent in parents], np.int64)
-    paths = [os.path.join(path, file) for file in files]
-    stats = [os.stat(p) if os.path.exists(p) else os.lstat(p) for p in paths]    # of what a link leads to
-    listing = [(file, s.st_size, s.st_mtime_ns) for file, s in zip(files, stats)]
-    return Images(paths, labels, classes, size, lambda i: read_image(paths[i], size), repr(listing))
+    numbers = {name: i for i, name in enumerate(classes)}
+    labels = np.array([numbers.get(parent, 0) for parent in parents])
+    return Images(names, labels, classes, lambda i: read_image(names[i], size), files)
+
+def list_images(path, out):
+    """(Name, bytes, time) of every image below a folder, sorted. A folder is walked once, whatever links lead
+    to it, and those of runs are not."""
+    endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
+    tops, seen, files = [path], {os.path.realpath(out or "/")}, []
+    for top in tops:                                           # grows by the links on the way
+        for folder, inside, names in os.walk(top):
+            real = os.path.realpath(folder)
+            if real in seen or folder != path and {"checkpoint.pt", "dae.pt"} & set(names):
+                inside.clear()
+                continue
+            seen.add(real)
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            tops += [link for link in (os.path.join(folder, name) for name in inside) if os.path.islink(link)]
+            for name in names:
+                if name.lower().endswith(endings) and not name.startswith("."):
+                    with contextlib.suppress(OSError):         # a link that leads nowhere
+                        info = os.stat(os.path.join(folder, name))
+                        if stat.S_ISREG(info.st_mode):
+                            name = os.path.relpath(os.path.join(folder, name), path)
+                            files.append((name, info.st_size, info.st_mtime_ns))
+    return sorted(files, key=lambda file: file[0].split(os.sep))
 
 def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name. Raises ValueError for one that is not there."""
     strange = sorted(set(images.classes) - set(classes)) or ["nothing"] * (not images.classes)
     if strange:
-        raise ValueError(f"{what}: its classes (sub-folders) must be among {', '.join(classes[:5])} ..; {strange[0]} is not")
+        raise ValueError(f"{what}: classes (sub-folders) are {', '.join(classes[:5])} ..; not {strange[0]}")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
@@ -565,154 +530,136 @@ def lmdb_images(path, size):
     def read(i):
         with env.begin() as txn:
             return read_image(BytesIO(txn.get(keys[i])), size)
-    fingerprint = f"lmdb {len(keys)} {os.path.getmtime(os.path.join(path, 'data.mdb'))}"
-    return Images([key.decode(errors="replace") for key in keys], np.zeros(len(keys), np.int64), [], size, read, fingerprint)
+    names = [key.decode(errors="replace") for key in keys]
+    return Images(names, np.zeros(len(keys), int), [], read, os.path.getmtime(os.path.join(path, "data.mdb")))
 
 def read_image(source, size):
-    """An image file (path or file object) -> (size, size, 3) uint8: short side to `size`, centre square. OSError."""
+    """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         if min(image.size) < 8:
             raise OSError(f"{image.width}x{image.height} pixels is too small")
-        image.draft("RGB", (2 * size, 2 * size))               # lets the JPEG decoder skip what shrinking would discard
+        image.draft("RGB", (2 * size, 2 * size))               # a JPEG decoder skips what shrinking discards
         return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
 
 def to_rgb(image):
-    """Any Pillow image -> RGB: EXIF-rotated, 16-bit and float scaled to 8, transparency over white."""
-    image = ImageOps.exif_transpose(image)
+    """Any Pillow image -> RGB: EXIF-rotated, transparency over white, numbers scaled to 8 bits: 16-bit files
+    by 65535, floats up to 1 by 1, other numbers by 255 or 65535, whichever they fit. Raises OSError."""
+    with contextlib.suppress(Exception):                       # an EXIF that is none says nothing
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float32)
-        top = 65535 if image.mode.startswith("I") else 255 if values.max() > 1 else 1
-        image = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        values = np.asarray(image, np.float64)
+        if not 0 <= values.min() <= values.max() <= 65535:     # nor NaN
+            raise OSError("its numbers are not those of a picture")
+        top = 65535 if values.max() > 255 or image.mode != "F" and image.format != "TIFF" else 255
+        if image.mode.startswith("I;16"):
+            top = 65535
+        elif image.mode == "F" and values.max() <= 1:
+            top = 1
+        image = Image.fromarray((values / top * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def to_tensor(images):
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
-
-def to_uint8(x):
-    """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) array."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
 # ---------------------------------------------------------------- files
-
-def grid(rows, gap=2, row_names=None, column_names=None, title=None):
-    """Rows of uint8 images (H, W, 3), of any lengths and sizes -> one Pillow image, named before rows, above columns."""
-    columns = range(max(map(len, rows)))
-    widths = [max(row[c].shape[1] for row in rows if c < len(row)) for c in columns]
-    heights = [max(image.shape[0] for image in row) for row in rows]
-    font = ImageFont.load_default(max(10, min(32, min(widths + heights) // 7)))
-    left = max(8 + int(font.getlength(name)) for name in row_names or [""]) if row_names else 0
-    line, above = 4 + int(font.size * 1.3), bool(column_names) + bool(title)
-    widths = [max(width, 8 + int(font.getlength(name))) for width, name in zip(widths, column_names or [""] * len(widths))]
-    xs = left + gap + np.cumsum([0] + [width + gap for width in widths])
-    ys = line * above + gap + np.cumsum([0] + [height + gap for height in heights])
-    wide = max(xs[-1], left + 8 + int(font.getlength(title or "")))
-    sheet = Image.new("RGB", (int(wide), int(ys[-1])), "white")
+def save_picture(path, rows, row_names=(), column_names=(), gap=2):
+    """Save rows of uint8 images (H, W, 3), of any lengths, as one: JPEG or WebP if called so, else PNG."""
+    names = [[printable(name) for name in some or ()] for some in (row_names, column_names)]
+    height, width = np.max([image.shape[:2] for row in rows for image in row], axis=0) + gap
+    font = ImageFont.load_default(max(10, min(32, min(height, width) // 7)))
+    left = max((8 + int(font.getlength(name)) for name in names[0]), default=gap)
+    top = 4 + int(font.size * 1.3) if column_names else gap
+    size = left + int(width) * max(map(len, rows)), top + int(height) * len(rows)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((left + gap, line // 2), title or "", fill="black", font=font, anchor="lm")
-    for name, x, width in zip(column_names or [], xs, widths):
-        draw.text((x + width // 2, line * above - line // 2), name, fill="black", font=font, anchor="mm")
-    for r, (row, y, height) in enumerate(zip(rows, ys, heights)):
-        draw.text((4, y + height // 2), row_names[r] if row_names else "", fill="black", font=font, anchor="lm")
-        for image, x, width in zip(row, xs, widths):
-            spare = width - image.shape[1], height - image.shape[0]
-            sheet.paste(Image.fromarray(image), (int(x) + spare[0] // 2, int(y) + spare[1] // 2))
-    return sheet
-
-def save_picture(path, rows, **names):
-    """A grid of images as a file: JPEG or WebP if it is called so, else PNG."""
-    picture = grid(rows, **names)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(Image.fromarray(image), (int(left + x * width), int(top + y * height)))
+    for y, name in enumerate(names[0]):
+        draw.text((4, top + (y + 0.5) * height), name, fill="black", font=font, anchor="lm")
+    for x, name in enumerate(names[1]):
+        draw.text((left + (x + 0.5) * width, top // 2), name, fill="black", font=font, anchor="mm")
     kind = {".jpg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
-    daes.write(path, lambda file: picture.save(file, kind))
+    daes.write(path, lambda file: sheet.save(file, kind))
 
 def save_checkpoint(path, facts, parts):
-    """Replace a checkpoint, whole or not at all, by facts and the states of modules and optimizers, for every device."""
+    """Replace a checkpoint, whole or not at all, by facts and the states of modules and optimizers."""
     state = facts | {name: part.state_dict() for name, part in parts.items()}
     state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
     daes.write(path, lambda file: torch.save(state, file))
 
 def load_checkpoint(path):
-    """A checkpoint.pt of stage two, or one of the authors' pipelines, -> a dict with config (an lvae.Config), ema, dae,
-    classes, dataset (the preset), step and run (how it was made). The tensors are views of the file. Raises LoadError."""
+    """A checkpoint.pt or a pipeline of the authors (a file, or church, bedroom, imagenet: downloaded) -> a
+    dict: config (lvae.Config), ema, dae, classes, dataset, step, run. Tensors are views. Raises LoadError."""
+    path = daes.local(path)
     state = daes.read(path)
-    if isinstance(state, dict) and "vae.encoder.in_proj.weight" in state:
-        try:
-            return released_checkpoint(state, path)
-        except (AttributeError, RuntimeError, IndexError):
-            raise daes.LoadError(f"{path}: misshapen weights, or names that are none") from None
-    if not isinstance(state, dict) or not {"config", "ema", "dae", "classes"} <= state.keys():
-        raise daes.LoadError(f"{path}: not a checkpoint of train.py's second stage, nor one of the paper's pipelines")
     try:
-        state = {"run": {}, "step": 0, "skipped": 0} | state
+        if "vae.encoder.in_proj.weight" in state:
+            state = released_checkpoint(state, path)
         config = lvae.Config(**state["config"])
         if sum(config.groups + config.encoder_layers) > 1000 or not config.scale:
             raise ValueError("a thousand blocks, or a scale of 0")
+        state = {"run": {}, "step": 0, "skipped": 0} | state
         dataset = state.get("dataset", state["run"].get("dataset"))
-        return state | {"config": config, "classes": list(map(str, state["classes"])), "dataset": dataset}
-    except Exception as e:                                     # whatever a foreign file holds there
-        raise daes.LoadError(f"{path}: its configuration does not fit this version ({str(e)[:200]})") from None
+        return state | {"config": config, "classes": list(map(str, state["classes"])), "dataset": dataset,
+                        "ema": dict(state["ema"]), "dae": dict(state["dae"])}
+    except Exception as e:                                     # whatever a foreign file holds
+        raise daes.LoadError(f"{path}: not a checkpoint of train.py's second stage, nor a pipeline "
+                             f"of the paper ({type(e).__name__}: {str(e)[:200]})") from None
 
 def released_checkpoint(state, path):
-    """A pipeline that the authors published, one dict of dae.* and vae.* tensors, as a checkpoint of ours.
-
-    Which preset it is shows in its shapes. Shift and scale are the preset's, and attention is "released".
-    """
+    """A pipeline of the authors, one dict of dae.* and vae.* tensors, as a checkpoint of ours. Which preset
+    it is shows in its shapes."""
     ema = lvae.from_released({k.removeprefix("vae."): v for k, v in state.items() if k.startswith("vae.")})
     shapes = {name: value.shape for name, value in ema.items()}
-    autoencoder = daes.find(state, path).state if any(k.startswith("dae.") for k in state) else {}
+    dae = daes.find(state, path).state if any(k.startswith("dae.") for k in state) else {}
     for dataset, preset in lvae.PRESETS.items():
         config = replace(preset, attention="released")
         with torch.device("meta"):
             expected = {name: value.shape for name, value in lvae.LVAE(config).state_dict().items()}
         if shapes == expected:
-            return {"config": config, "ema": ema, "dae": autoencoder, "classes": [], "step": 0, "run": {}, "dataset": dataset}
-    raise daes.LoadError(f"{path}: a pipeline of the paper, but of no preset")
-
-def restore(optimizer, state):
-    """Give an optimizer another's moments; learning rate and implementation stay this device's own."""
-    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, moments in optimizer.state.items():         # fused Adam takes its memory format for granted
-        for key, value in moments.items():
-            like = parameter if value.shape == parameter.shape else value
-            moments[key] = torch.empty_like(like).copy_(value)
+            return {"config": asdict(config), "ema": ema, "dae": dae, "classes": [], "dataset": dataset}
+    raise ValueError("a pipeline of no preset")
 
 @torch.no_grad()
 def resume(start, parts, path):
-    """Put a checkpoint's state (None: nothing) into modules and optimizers; returns the progress."""
-    start = start or {}
-    for name, part in parts.items():
-        try:
-            if name in start and isinstance(part, torch.optim.Optimizer):
-                restore(part, start[name])
-            elif name in start:
-                part.load_state_dict(start[name])
-        except (RuntimeError, TypeError, KeyError, AttributeError) as e:
-            raise ValueError(f"{path}: the {name} in it does not fit ({(str(e).splitlines() or [''])[-1].strip()})") from None
+    """Put a checkpoint's state, if any, into modules and optimizers; returns the progress. ValueError."""
+    try:
+        for name in parts.keys() & start.keys():
+            if not isinstance(parts[name], torch.optim.Optimizer):
+                parts[name].load_state_dict(start[name])
+                continue
+            own = parts[name].state_dict()["param_groups"]     # rate and implementation are this device's
+            parts[name].load_state_dict({"state": start[name]["state"], "param_groups": own})
+            for parameter, moments in parts[name].state.items():
+                for key, value in moments.items():             # in the memory format that fused Adam expects
+                    like = parameter if value.shape == parameter.shape else value
+                    moments[key] = torch.empty_like(like).copy_(value)
+    except (RuntimeError, TypeError, KeyError, AttributeError) as e:
+        reason = (str(e).splitlines() or [""])[-1].strip()
+        raise ValueError(f"{path}: the {name} in it does not fit ({reason})") from None
     if start.get("step"):
         say(f"resuming {path} at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
 def compare(found, asked, path):
-    """A run resumes with the options it began with; only the number of steps may differ. Raises ValueError."""
+    """A run resumes with the options it began with; only the number of steps may differ. ValueError."""
     for name, value in asked.items():
         if name != "steps" and found.get(name) != value:
             raise ValueError(f"{path} was trained with {name} = {found.get(name)}, asked for {value}: "
                              "give the same options to resume, or another --out to start anew")
 
 def claim(out):
-    """Make a run's folder and lock it against other runs, for as long as the file returned lives. Raises ValueError."""
+    """Make a run's folder and lock it against other runs, until what is returned is closed. ValueError."""
     if world()[0]:
-        return None
+        return contextlib.nullcontext()
     os.makedirs(out, exist_ok=True)
     lock = open(os.path.join(out, "lock"), "w")
     try:
-        import fcntl
+        import fcntl                                           # Windows has none
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                        # Windows has none
+    except ImportError:
         pass
     except OSError:
         raise ValueError(f"{out}: another process is training there; wait, or choose another --out") from None
@@ -722,43 +669,35 @@ def claim(out):
     return lock
 
 # ---------------------------------------------------------------- devices and processes
-
 def setup(name="auto", precision="auto"):
-    """--device and --precision -> a device and the dtype of convs; joins torchrun's other processes. ValueError."""
+    """--device and --precision -> device and dtype of convs; joins torchrun's other processes. ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"       # under torchrun: a GPU for each process
     try:
         if name == "xla":
-            import torch_xla                                   # makes the device known to torch
+            import torch_xla  # noqa: F401                     # makes the device known to torch
         device = torch.empty(1, device=name).device
     except (ImportError, RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    if device.type == "cpu":
-        keep_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    with contextlib.suppress(AttributeError, TypeError, OSError):    # glibc is to keep freed memory
+        libc = ctypes.CDLL(None)                               # (clearing it anew is a fifth of decoding):
+        libc.mallopt(-4, 0)                                    # M_MMAP_MAX: they are of the heap too
+        libc.mallopt(-1, 2 ** 31 - 1)                          # M_TRIM_THRESHOLD: up to 2 GiB stay free
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
-        atexit.register(dist.destroy_process_group)            # its threads must end before the interpreter does
-    if precision == "auto":
-        fast = {"cpu": getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"),
-                "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
-                "xla": os.environ.get("PJRT_DEVICE") == "TPU"}
-        precision = "bf16" if fast.get(device.type) else "fp32"
-    return device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-def keep_memory():
-    """Let glibc keep freed memory: to return large blocks and clear new ones is a fifth of a decoder's time on a CPU."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)                                     # M_MMAP_MAX: large blocks are of the heap too ...
-            mallopt(-1, 2 ** 31 - 1)                           # M_TRIM_THRESHOLD: ... of which up to 2 GiB may stay free
+        atexit.register(dist.destroy_process_group)            # its threads end before the interpreter
+    fast = {"cpu": getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"),
+            "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+            "xla": os.environ.get("PJRT_DEVICE") == "TPU"}
+    bf16 = fast.get(device.type) if precision == "auto" else precision == "bf16"
+    return device, torch.bfloat16 if bf16 else torch.float32
 
 def place(module, device, dtype=torch.float32):
-    """Move a module to the device, channels-last. dtype: of convs and linear layers; bf16 for inference only."""
+    """Move a module to the device, channels-last. dtype: of convs and linear layers; bf16 to infer only."""
     for layer in module.modules():
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
             layer.to(dtype)
@@ -769,13 +708,14 @@ def world():
     if "torch_xla" in sys.modules:                             # imported for --device xla only
         import torch_xla.runtime as xr
         return xr.global_ordinal(), xr.world_size()
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 def my_part(batch):
-    """The slice of a batch that this process takes. Raises ValueError where the processes do not divide it."""
+    """The slice of a batch that this process takes. ValueError where the processes do not divide it."""
     rank, count = world()
     if batch % count:
-        raise ValueError(f"a batch of {batch} is shared by {count} processes: it must be a multiple of {count}")
+        raise ValueError(f"a batch of {batch} for {count} processes: it must be a multiple of {count}")
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
 def only_first(function):
@@ -787,7 +727,7 @@ def only_first(function):
 
 @only_first
 def say(text):
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 def progress_bar(what, done, total):
     return tqdm(total=total, initial=done, desc=what, unit="step", disable=done >= total or world()[0] > 0)
@@ -807,23 +747,12 @@ def average(tensors):
     if xla:
         xla.sync()                                             # a step is two programs, each compiled once
 
-asked = []  # the signals that came since `signals` began
+asked = []  # signals that ask to stop: looked at between steps
 
-@contextlib.contextmanager
-def signals():
-    """Inside, SIGTERM (pre-emption) and Ctrl-C only fill `asked`, which is looked at between steps; a second one ends."""
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-    asked.clear()
-    main = threading.current_thread() is threading.main_thread()            # no other may set handlers
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT) if main}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def ask(number, frame):
+    """What SIGTERM and Ctrl-C do in training; a second one ends at once."""
+    asked.append(signal.Signals(number).name)
+    signal.signal(number, signal.SIG_DFL)
 
 def asked_to_stop():
     """Whether a signal came, to any process: all get the same answer, and so wait here for each other."""
@@ -834,18 +763,7 @@ def asked_to_stop():
     average([flag])
     return bool(flag > 0)
 
-def barrier():
-    """Wait for the other processes."""
-    asked_to_stop()
-
 # ---------------------------------------------------------------- command line
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are ValueErrors of one line."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (see --help)")
-
 def values(text):
     """argparse type: A,B,.. -> a tuple of ints, floats or words."""
     def value(word):
@@ -855,91 +773,68 @@ def values(text):
         return word
     return tuple(value(word) for word in text.split(",") if word)
 
-def add_options(parser, title, group, prefix, defaults):
-    """An option for each field of a dataclass; only those given arrive, as GROUP.FIELD."""
-    section = parser.add_argument_group(title)
-    for f in fields(defaults):
-        default = getattr(defaults, f.name)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        more = {"type": type(default), "metavar": type(default).__name__.upper()}
-        if isinstance(default, bool):
-            more = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(default, tuple):
-            more = {"type": values, "metavar": "A,B,.."}
-        if f.name != "first_stage":                            # decided by --dae
-            section.add_argument(prefix + f.name.replace("_", "-"), dest=f"{group}.{f.name}", default=argparse.SUPPRESS,
-                                 help=f"{f.metadata['help']} (default: {shown})".replace("%", "%%"), **more)
-
 def parse(argv):
     """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default="toy", choices=lvae.PRESETS)
-    first.add_argument("--dae-preset", default="small-f4", choices=daes.PRESETS)
-    chosen, _ = first.parse_known_args(argv)
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_options(parser, "run", "run", "--", Run())
-    add_options(parser, f"LVAE (defaults: {chosen.dataset})", "lvae", "--", lvae.PRESETS[chosen.dataset])
-    add_options(parser, f"autoencoder, with --dae train (defaults: {chosen.dae_preset})", "dae", "--dae-",
-                daes.PRESETS[chosen.dae_preset])
+    parser = daes.Parser(description=__doc__)
+    choices = {"precision": ("auto", "bf16", "fp32"), "compile": ("auto", "yes", "no"),
+               "dataset": lvae.PRESETS, "dae_preset": daes.PRESETS}
+    for group, prefix, kind in (("run", "", Run), ("lvae", "", lvae.Config), ("dae", "dae-", daes.Config)):
+        section = parser.add_argument_group(group, "" if kind is Run else "defaults: the preset's")
+        for f in fields(kind):
+            more = {"type": daes.at_least(f.metadata["low"], type(f.default)), "choices": choices.get(f.name)}
+            if isinstance(f.default, bool):
+                more = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(f.default, (tuple, str)):
+                more["type"] = values if isinstance(f.default, tuple) else str
+            text = f.metadata["help"].replace("%", "%%") + (f" ({f.default})" if kind is Run else "")
+            if f.name != "first_stage":                        # decided by --dae
+                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), dest=f"{group} {f.name}",
+                                     help=text, default=argparse.SUPPRESS, **more)
     given = {"run": {}, "lvae": {}, "dae": {}}
     for name, value in vars(parser.parse_args(argv)).items():
-        group, _, name = name.partition(".")
+        group, name = name.split()
         given[group][name] = value
     run = Run(**given["run"])
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
-    for ok, rule in ((0 <= run.holdout < 1, "--holdout is a fraction from 0 up to 1"),
-                     (min(run.seed, run.image_size) >= 0, "--seed and --image-size may not be negative"),
-                     (min(run.log_every, run.every) > 0, "--every and --log-every count steps, from 1 up"),
-                     (run.precision in ("auto", "bf16", "fp32"), "--precision is auto, bf16 or fp32"),
-                     (run.compile in ("auto", "yes", "no"), "--compile is auto, yes or no"),
-                     (not (run.device == "xla" and (run.compile == "yes" or given["lvae"].get("recompute"))),
-                      "--compile and --recompute are not for XLA devices")):
-        if not ok:
+    images_only = run.flip or run.val or run.image_size or run.dae in ("train", "none")
+    source = SOURCES.get(run.dataset.split("-")[0], "a folder of its images")
+    for wrong, rule in (
+            (not run.data and not run.dataset.startswith("toy"), f"{run.dataset} needs --data: {source}"),
+            (run.data and os.path.realpath(run.out) == os.path.realpath(run.data), "--out may not be --data"),
+            (given["dae"] and "train" not in (run.dae or lvae.PRESETS[run.dataset].first_stage),
+             "--dae-... options are for --dae train"),
+            (run.data.endswith(".npz") and images_only,
+             "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents"),
+            (run.device == "xla" and (run.compile == "yes" or given["lvae"].get("recompute")),
+             "--compile and --recompute are not for XLA devices")):
+        if wrong:
             raise ValueError(rule)
     return run, given["lvae"], given["dae"]
-
-def describe(run, config, data, device, dtype):
-    """Print the resolved configuration, once."""
-    say(f"data        {run.data or 'toy scenes, drawn by code'}: {len(data.train.rows)} to train on, {len(data.held.rows)} "
-        f"held out, {f'{config.num_classes} classes' if config.num_classes else 'unconditional'}")
-    say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, convs in {str(dtype)[6:]}")
-    say("config      " + "  ".join(f"{name}={value}" for name, value in asdict(config).items()))
 
 def main(argv=None):
     """The command line; for XLA a process for each device."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    if arguments[0].device == "xla":
-        try:
-            import torch_xla
-        except ImportError as e:
-            raise ValueError(f"--device xla needs the package torch_xla and the torch it was built for ({e})") from None
-        torch_xla.launch(train_process, args=arguments)
-    else:
-        train_process(0, *arguments)
+    asked.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):                  # only the main thread may
+            signal.signal(number, ask)
+    if arguments[0].device != "xla":
+        return train_process(0, *arguments)
+    try:
+        import torch_xla
+    except ImportError as e:
+        raise ValueError(f"--device xla needs torch_xla and the torch it was built for ({e})") from None
+    torch_xla.launch(train_process, args=arguments)
 
 def train_process(index, run, model_options, dae_options):
     """One process of a run."""
-    with signals():
-        try:
-            train_both(run, model_options, dae_options)
-        except Stopped as e:
-            say(f"\n{asked[0] if asked else 'a signal'}: {e}. The same command goes on from there.")
-
-def cli(main):
-    """Run a command; a user's mistake, a full disk or a bad file is one line and exit code 2."""
     try:
-        main()
-    except (ValueError, OSError) as e:
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-        print(f"error: {daes.printable(text)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last save", file=sys.stderr)
-        sys.exit(130)
+        train_both(run, model_options, dae_options)
+    except Stopped as e:
+        say(f"{asked[0] if asked else 'a signal'}: {e}. The same command goes on from there.")
 
 # ---------------------------------------------------------------- the toy scenes: a data set drawn by code
-
 SEED, OVERSAMPLE, TOY_COUNT = 1789, 4, 6144
 BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.2, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.5,
            "pyramid": 1.6, "mosque": 1.28}  # the width of each landmark as a multiple of its height
@@ -953,7 +848,6 @@ SKIES = (  # day, dusk, night and overcast: zenith, horizon, the light that tint
 
 class Brush:
     """Draws in a frame with y pointing up: its origin is the pixel (x, y) and its unit `unit` pixels long."""
-
     def __init__(self, canvas, x, y, unit):
         self.draw, self.x, self.y, self.unit = ImageDraw.Draw(canvas), x, y, unit
 
