@@ -44,7 +44,7 @@ PER_LEVEL = ("mult", "ffn", "groups", "encoder_layers", "attention_layers", "hea
 @dataclass(frozen=True)
 class Config:
     """A model and how it is trained: one column of Table 5. The defaults are LSUN Church's."""
-    resolution: int = knob(32, "height and width of what the LVAE models, latents or pixels: 4, 8, 16, ..", 4)
+    resolution: int = knob(32, "height and width of the data, --image-size over f: 4, 8, 16, ..", 4)
     data_channels: int = knob(4, "channels of what the LVAE models", 1)
     num_classes: int = knob(0, "number of labels, 0: unconditional")
     first_stage: str = knob("kl-f8", "the autoencoder: of dae.PRESETS, train, file, none (pixels), latents")

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import at_least, cli, printable, to_tensor, to_uint8
+from dae import at_least, cli, printable, require, to_tensor, to_uint8
 from train import (asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images, place,
                    read_image, relabel, save_picture, setup, world)
 
@@ -55,10 +55,9 @@ class Sampler:
         self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
         place(self.model, self.device, self.dtype).requires_grad_(False)
         self.dae = daes.load(dae) if dae else autoencoder_of(state, path)
-        if self.dae is None or self.dae.config.z_channels != self.config.data_channels:
-            has = f"its autoencoder has {self.dae.config.z_channels}" if self.dae else "holds no autoencoder"
-            raise ValueError(f"{path} models latents of {self.config.data_channels} channels, but {has}: "
-                             "name one that fits with --dae FILE")
+        require(self.dae, f"{path} holds no autoencoder: name one with --dae FILE")
+        fits = self.dae.config.z_channels == self.config.data_channels
+        require(fits, f"{path} does not fit its autoencoder of {self.dae.config.z_channels} channels: --dae")
         place(self.dae, self.device, self.dtype).requires_grad_(False)
         self.compiled = False
         self.space = "pixels" if isinstance(self.dae, daes.Identity) else "the autoencoder's latents"
@@ -67,8 +66,8 @@ class Sampler:
         self.size = self.config.resolution * self.dae.config.f               # of the images, in pixels
         self.upsampler = Sampler(upsampler, device, precision) if upsampler else None
         self.out_size = self.upsampler.size if upsampler else self.size      # of what `draw` gives
-        if upsampler and self.size * self.upsampler.config.upsample != self.out_size:
-            raise ValueError(f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
+        fits = not upsampler or self.size * self.upsampler.config.upsample == self.out_size
+        require(fits, f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
 
     def compile(self):
         """Compile what generates, for one size of batch and one setting of guidance: it takes minutes."""
@@ -182,8 +181,8 @@ def compiled(function):
 def make_sampler(args, upsamples=False):
     """The sampler of the command line. upsamples: the command can use a model that only enlarges images."""
     sampler = Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None))
-    if sampler.config.upsample and not upsamples:
-        raise ValueError(f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
+    alone = upsamples or not sampler.config.upsample
+    require(alone, f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
     set_up(sampler, args, many=args.command == "generate" and (args.n or 0) >= 1000)
     return sampler
 
@@ -205,10 +204,10 @@ def guidance_settings(sampler, args):
     if sampler.dataset == "imagenet" and sampler.can_guide and not given:
         means, variances = [lvae.guidance_levels(sampler.config, 1.5)], [3.0]
     for weights in map(np.atleast_1d, means + variances):
-        if len(weights) not in (1, len(sampler.sides)):
-            raise ValueError(f"guidance takes a number, or one per level: {sampler.sides}")
-        if weights.any() and (not sampler.can_guide or args.label == "none"):
-            raise ValueError("guidance needs a class-conditional model, a hierarchical prior, and a label")
+        fits = len(weights) in (1, len(sampler.sides))
+        require(fits, f"guidance takes a number, or one per level: {sampler.sides}")
+        require(sampler.can_guide and args.label != "none" or not weights.any(),
+                "guidance needs a class-conditional model, a hierarchical prior, and a label")
     names = ("mean_guidance", "variance_guidance", "temperature")
     return [dict(zip(names, values)) for values in itertools.product(means, variances, args.temperature)]
 
@@ -244,9 +243,8 @@ def read_photos(sampler, paths, text=None, needed=1):
             print(printable(f"skipped {path}: {e}"), file=sys.stderr)
             continue
         known = text or (folder_of(path) if folder_of(path) in sampler.folders else None)
-        labels.append(sampler.label(known) if known else None)
-    if len(images) < needed:
-        raise ValueError(f"no usable image, or too few: {len(images)}, expected {needed} or more")
+        labels.append(sampler.label(known) if known and count else None)
+    require(len(images) >= needed, f"no usable image, or too few: {len(images)}, expected {needed} or more")
     x = torch.cat([sampler.latents(images[i:i + 4]) for i in range(0, len(images), 4)])
     if not count:
         return images, x, None
@@ -260,8 +258,7 @@ def read_photos(sampler, paths, text=None, needed=1):
 def find_images(sampler, path):
     """The images of --data, or of the data that the model was trained on."""
     path = sampler.data if path is None else path
-    if path is None:
-        raise ValueError("name a folder of images with --data ('toy' is the built-in scenes)")
+    require(path is not None, "name a folder of images with --data ('toy' is the built-in scenes)")
     return open_images(path, sampler.out_size)
 
 def batches(images, batch, limit=None):
@@ -273,8 +270,7 @@ def batches(images, batch, limit=None):
         found += len(good)
         if good:
             yield np.array(list(good)), list(good.values())
-    if not found:
-        raise ValueError("no usable image")
+    require(found, "no usable image")
 
 def encoded(sampler, args, limit):
     """(Latents (B, C, h, w), labels (B,) or None) of batches of `limit` images of --data. Their classes are
@@ -367,8 +363,7 @@ def reconstruct(args):
     sampler = make_sampler(args, upsamples=True)
     originals, x, label = read_photos(sampler, args.images, args.label)
     total = sum(sampler.config.groups)
-    if max(args.groups, default=0) > total:
-        raise ValueError(f"--groups: this model has {total} latent groups, not {max(args.groups)}")
+    require(max(args.groups, default=0) <= total, f"--groups: this model has {total} latent groups")
     rows = {"original": originals, "autoencoder": [], "+ LVAE": []}
     rows |= {f"first {k} of {total}": [] for k in args.groups}
     for numbers in torch.arange(len(x)).split(args.batch):
@@ -419,8 +414,7 @@ def prior_samples(sampler, args, label):
 def manifold(args):
     """Figure 4: the most active channel of the first group and of the second, swept from -range to range."""
     sampler = make_sampler(args)
-    if sampler.sides[0] > 1 or sampler.config.groups[-1] < 2:
-        raise ValueError("the manifold needs two latent groups at 1x1, and this model has fewer")
+    require(sampler.sides[0] == 1 < sampler.config.groups[-1], "this model has no two latent groups at 1x1")
     label = sampler.label(args.label or "0") if sampler.config.num_classes else None
     torch.manual_seed(args.seed)
     parts = prior_samples(sampler, args, label) if args.data is None else encoded(sampler, args, 256)
@@ -577,8 +571,7 @@ def npz_images(path, batch):
         file = archive.open("arr_0.npy")
         header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = header[np.lib.format.read_magic(file)[0]](file)
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-            raise ValueError(f"it is {dtype} {shape}")
+        require(len(shape) == 4 and shape[3] == 3 and dtype == np.uint8, f"it is {dtype} {shape}")
         whole = np.load(path)["arr_0"] if fortran else None    # not in pieces of images
         for start in tqdm(range(0, shape[0], batch), desc="images", unit="batch", disable=shape[0] <= batch):
             count = min(batch, shape[0] - start)
@@ -598,9 +591,8 @@ def side_of(path):
     for name in open_images(path, 8).names:
         with contextlib.suppress(Exception), Image.open(name) as image:
             sides.add(min(image.size))
-    if len(sides) != 1:
-        extremes = f"from {min(sides)} to {max(sides)} pixels" if sides else "unknown"
-        raise ValueError(f"{path}: the images' short sides are {extremes}: say the --image-size")
+    extremes = f"from {min(sides)} to {max(sides)} pixels" if sides else "unknown"
+    require(len(sides) == 1, f"{path}: the images' short sides are {extremes}: say the --image-size")
     return sides.pop()
 
 def measured(parts, network):
@@ -624,8 +616,7 @@ def statistics(path, network, args, size=None):
         with reading(path, "an .npz with arr_0 (images), or finite mu and sigma"), np.load(path) as file:
             names = ("mu", "sigma", "features", "probabilities", "saturation", "side")
             given = {name: file[name] for name in names if name in file.files}
-            if not all(np.isfinite(value).all() for value in given.values()):
-                raise ValueError("its statistics are not finite")
+            require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
             if "arr_0" not in file.files:
                 return {"mu": file["mu"], "sigma": file["sigma"]} | given
         return measured(npz_images(path, args.batch), network) | given
@@ -668,8 +659,7 @@ def evaluate(args):
         labels = even_labels(sampler, args.label, args.n)
         if labels is not None:                                 # shuffled, for the Inception Score's splits
             labels = np.random.default_rng(args.seed).permutation(labels)
-    if args.export and len(settings) > 1:
-        raise ValueError(f"--export writes the statistics of one setting, and {len(settings)} are asked for")
+    require(len(settings) == 1 or not args.export, "--export writes the statistics of one setting only")
     if args.reference:
         reference = statistics(args.reference, network, args, size)
     for i, setting in enumerate(settings):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import cli, printable, to_tensor, to_uint8
+from dae import cli, printable, require, to_tensor, to_uint8
 from lvae import knob
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ def loop(run, stage, progress, steps, update, save, look):
         stats = update(step)
         bar.update()
         in_a_row = in_a_row + 1 if stats["skipped"] else 0
-        if in_a_row == 100:
-            raise ValueError(f"100 steps in a row of the {stage} skipped, the last with gradient norm "
-                             f"{stats['grad_norm']:.3g}: lower its learning rate")
+        require(in_a_row < 100, f"100 steps in a row of the {stage} skipped: lower its learning rate")
         progress |= {"step": step, "skipped": progress["skipped"] + stats["skipped"]}
         stopping, last = asked_to_stop(), step == steps
         if step % run.log_every == 0 or last:
@@ -120,8 +118,8 @@ def train_both(run, model_options, dae_options):
     if resumed:
         compare(known["run"], lasting, path)
         compare(asdict(config), model_options, path)
-    elif run.init and run.dataset not in ("toy", known["dataset"]):
-        raise ValueError(f"--init {run.init}: a model of {known['dataset']}, not of {run.dataset}")
+    elif run.init:
+        require(run.dataset in ("toy", known["dataset"]), f"{run.init} is a model of {known['dataset']}")
     if resumed or run.init and not run.dae:
         ae = autoencoder_of(known, run.init or path)
     else:
@@ -130,8 +128,8 @@ def train_both(run, model_options, dae_options):
         data = read_latents(run.data, run.holdout)
         shape, classes = data.h.shape[2:], 0 if data.labels is None else int(data.labels.max()) + 1
     else:
-        if not ae and (name != "train" or run.init and not run.dae):
-            raise ValueError(f"--init {run.init} holds no autoencoder: name one with --dae FILE")
+        require(ae or name == "train" and (run.dae or not run.init),
+                f"--init {run.init} holds no autoencoder: name one with --dae FILE")
         stage = ae.config if ae else replace(daes.PRESETS[run.dae_preset], **dae_options)
         size = run.image_size or config.resolution * stage.f
         images, rows = open_data(run, size, known["classes"] if run.init else [])
@@ -182,13 +180,12 @@ def fit_preset(run, config, name, shape, classes):
 
 def check(run, config, shape, classes):
     """Raise a ValueError if a Config is not for data of a shape (C, H, W) in so many classes."""
-    if (config.data_channels, config.resolution, config.resolution) != shape:
-        raise ValueError(f"the data are (C, H, W) = {shape}, the config is for {config.data_channels} "
-                         f"channels at {config.resolution} (--image-size, --resolution)")
-    unnamed = run.init and not run.data.endswith(".npz")       # folders in the order of --init's labels
-    if config.num_classes and not (config.num_classes if unnamed else 1) <= classes <= config.num_classes:
-        raise ValueError(f"{run.data or 'the toy'} has {classes} classes (sub-folders, labels), which does "
-                         f"not fit num_classes {config.num_classes}")
+    expected = config.data_channels, config.resolution, config.resolution
+    require(shape == expected, f"data are (C, H, W) = {shape}, the config is for {expected}: --image-size?")
+    all_of = run.init and not run.data.endswith(".npz")        # folders in the order of --init's labels
+    fits = (config.num_classes if all_of else 1) <= classes <= config.num_classes
+    require(fits or not config.num_classes, f"{run.data or 'the toy'} has {classes} classes (sub-folders, "
+            f"labels), which does not fit num_classes {config.num_classes}")
 
 # ---------------------------------------------------------------- stage two: the hierarchical VAE
 def train_lvae(run, config, ae, data, lasting, start, device, dtype):
@@ -202,9 +199,8 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
              "dataset": start["dataset"] if run.init else run.dataset}
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
-    kinds = f"{config.num_classes} classes" if config.num_classes else "unconditional"
     say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
-        f"{kinds}")
+        f"{f'{config.num_classes} classes' if config.num_classes else 'unconditional'}")
     say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, in {dtype}")
     say("config      " + "  ".join(f"{name}={value}" for name, value in asdict(config).items()))
     mine, source = my_part(config.batch), "cpu" if device.type == "xla" else device
@@ -238,8 +234,7 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
             log(run, "lvae", step, evaluate(ema, data, device, dtype))
         if ae is not None:
             save_pictures(run, ema, ae, data, step, device, dtype)
-    if progress["step"] == 0:
-        save()
+    save()
     loop(run, "lvae", progress, config.steps, update, save, look)
     say(f"done: {path}, {progress['skipped']} steps skipped. Samples: python sample.py generate {path}")
 
@@ -286,9 +281,9 @@ def train_dae(run, config, size, images, rows, lasting, device, dtype):
     """Train an autoencoder on rows of images (Section 3.1), on every process; resumes from OUT/dae.pt."""
     if device.type == "xla":                                   # there the hosts train
         device, dtype = setup("cpu", run.precision)
-    if config.codebook or config.adversarial_weight and size < 32:
-        raise ValueError("--dae train trains KL autoencoders, not VQ ones (--dae-codebook 0), and with an "
-                         "adversary only on images of 32 pixels or more (--dae-adversarial-weight 0)")
+    require(not config.codebook, "--dae train trains KL autoencoders, not VQ ones: --dae-codebook 0")
+    require(size >= 32 or not config.adversarial_weight,
+            "an adversary needs images of 32 pixels or more: --dae-adversarial-weight 0")
     path, mine, seen = os.path.join(run.out, "dae.pt"), my_part(config.batch), []
     seed_step(run.seed, 0)
     parts = {"dae": daes.Autoencoder(config).to(device)}
@@ -297,9 +292,8 @@ def train_dae(run, config, size, images, rows, lasting, device, dtype):
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     lasting = lasting | {"dae_options": asdict(config)}
-    start = daes.read(path) if os.path.exists(path) else {}
-    if start:
-        compare(start.get("run", {}) if isinstance(start, dict) else {}, lasting, path)
+    start = daes.read(path) if os.path.exists(path) else {"run": lasting}
+    compare(start.get("run", {}) if isinstance(start, dict) else {}, lasting, path)
     progress = resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} "
@@ -316,9 +310,9 @@ def train_dae(run, config, size, images, rows, lasting, device, dtype):
     def update(step):
         started, x = time.time(), to_tensor(next(batches)).to(device)
         seen[:] = x[:8]
-        side, context = size // config.f, lvae.autocast(device, dtype)
-        noise = torch.randn(config.batch, config.z_channels, side, side, device=device)[mine]
-        stats = daes.train_step(parts, optimizers, x, noise, step, perceptual, average, context)
+        shape = config.batch, config.z_channels, size // config.f, size // config.f
+        stats = daes.train_step(parts, optimizers, x, torch.randn(shape, device=device)[mine], step,
+                                perceptual, average, lvae.autocast(device, dtype))
         return stats | {"images_per_s": config.batch / (time.time() - started)}
 
     @only_first
@@ -358,10 +352,9 @@ def read_latents(path, holdout):
     try:
         with np.load(path, allow_pickle=False) as file:
             h, labels = file["latents"], file["labels"].astype(np.int64) if "labels" in file else None
-        if h.shape[2] != h.shape[3] or not np.abs(h, dtype=np.float32).max() < 1e6:
-            raise ValueError(f"they are {h.dtype} {h.shape}")
-        if labels is not None and (labels.shape != h.shape[:1] or labels.min() < 0):
-            raise ValueError(f"labels of shape {labels.shape}")
+        fits = h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12
+        require(fits, f"they are {h.dtype} {h.shape}")
+        require(labels is None or labels.shape == h.shape[:1] and labels.min() >= 0, "the labels are not")
     except Exception as e:                                     # whatever a broken file provokes
         raise ValueError(f"{path}: expected an .npz with an array named latents, finite numbers (N, C, H, H) "
                          f"and perhaps labels, N integers from 0 up ({e})") from None
@@ -387,8 +380,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
     say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
-    if not good.any():
-        raise ValueError(f"no usable image among {len(good)}")
+    require(good.any(), f"no usable image among {len(good)}")
     return Data(h, images.labels, *(some[good[some]] for some in rows), images.classes)
 
 @torch.no_grad()
@@ -413,8 +405,7 @@ def encodings(ae, size, images, views, device, dtype):
 def measured(data, config):
     """The config with shift and scale such that up to 10,000 of the latents have mean 0 and variance 1."""
     h = data.h[data.train[::max(1, len(data.train) // 10_000)], 0].astype(np.float32)
-    if not len(h) or not h.std() > 0:
-        raise ValueError("nothing to learn from: no image is left to train on, or all latents are the same")
+    require(len(h) and h.std() > 0, "nothing to learn from: no image to train on, or all are the same")
     return replace(config, shift=float(h.mean()), scale=float(h.std()))
 
 def split(count, share):
@@ -468,13 +459,11 @@ def open_images(path, size, out=None):
         labels = np.arange(TOY_COUNT) % len(TOY_CLASSES)
         names = [f"toy {i}" for i in range(TOY_COUNT)]
         return Images(names, labels, list(TOY_CLASSES), lambda i: toy(i, size)[0], "toy")
-    if not os.path.isdir(path):
-        raise ValueError(f"{path}: no such folder; expected one of images, an LSUN LMDB folder, or an .npz")
+    require(os.path.isdir(path), f"{path}: no such folder (of images, an LSUN LMDB), nor an .npz")
     if os.path.exists(os.path.join(path, "data.mdb")):
         return lmdb_images(path, size)
     files = list_images(path, out)
-    if not files:
-        raise ValueError(f"{path}: no image found in it (expected .jpg, .png, ... at any depth)")
+    require(files, f"{path}: no image found in it (expected .jpg, .png, ... at any depth)")
     names = [os.path.join(path, name) for name, *_ in files]
     parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
     classes = sorted(set(parents))
@@ -486,7 +475,7 @@ def open_images(path, size, out=None):
     labels = np.array([numbers.get(parent, 0) for parent in parents])
     return Images(names, labels, classes, lambda i: read_image(names[i], size), files)
 
-def list_images(path, out):
+def list_images(path, out=None):
     """(Name, bytes, time) of every image below a folder, sorted. A folder is walked once, whatever links lead
     to it, and those of runs are not."""
     endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
@@ -511,9 +500,9 @@ def list_images(path, out):
 
 def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name. Raises ValueError for one that is not there."""
-    strange = sorted(set(images.classes) - set(classes)) or ["nothing"] * (not images.classes)
-    if strange:
-        raise ValueError(f"{what}: classes (sub-folders) are {', '.join(classes[:5])} ..; not {strange[0]}")
+    strange = sorted(set(images.classes) - set(classes))
+    require(images.classes and not strange, f"{what}: classes (sub-folders) are {', '.join(classes[:5])} ..; "
+            f"not {strange[:1] or 'none'}")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
@@ -537,8 +526,7 @@ def read_image(source, size):
     """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
-        if min(image.size) < 8:
-            raise OSError(f"{image.width}x{image.height} pixels is too small")
+        require(min(image.size) >= 8, f"{image.width}x{image.height} pixels is too small")
         image.draft("RGB", (2 * size, 2 * size))               # a JPEG decoder skips what shrinking discards
         return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
 
@@ -549,8 +537,8 @@ def to_rgb(image):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
-        if not 0 <= values.min() <= values.max() <= 65535:     # nor NaN
-            raise OSError("its numbers are not those of a picture")
+        ordered = 0 <= values.min() <= values.max() <= 65535   # NaN is not
+        require(ordered, "its numbers are not those of a picture")
         top = 65535 if values.max() > 255 or image.mode != "F" and image.format != "TIFF" else 255
         if image.mode.startswith("I;16"):
             top = 65535
@@ -598,8 +586,7 @@ def load_checkpoint(path):
         if "vae.encoder.in_proj.weight" in state:
             state = released_checkpoint(state, path)
         config = lvae.Config(**state["config"])
-        if sum(config.groups + config.encoder_layers) > 1000 or not config.scale:
-            raise ValueError("a thousand blocks, or a scale of 0")
+        require(sum(config.groups + config.encoder_layers) < 1000 and config.scale, "a strange config")
         state = {"run": {}, "step": 0, "skipped": 0} | state
         dataset = state.get("dataset", state["run"].get("dataset"))
         return state | {"config": config, "classes": list(map(str, state["classes"])), "dataset": dataset,
@@ -646,9 +633,9 @@ def resume(start, parts, path):
 def compare(found, asked, path):
     """A run resumes with the options it began with; only the number of steps may differ. ValueError."""
     for name, value in asked.items():
-        if name != "steps" and found.get(name) != value:
-            raise ValueError(f"{path} was trained with {name} = {found.get(name)}, asked for {value}: "
-                             "give the same options to resume, or another --out to start anew")
+        require(name == "steps" or found.get(name) == value,
+                f"{path} was trained with {name} = {found.get(name)}, asked for {value}: give the same "
+                "options to resume, or another --out to start anew")
 
 def claim(out):
     """Make a run's folder and lock it against other runs, until what is returned is closed. ValueError."""
@@ -714,8 +701,7 @@ def world():
 def my_part(batch):
     """The slice of a batch that this process takes. ValueError where the processes do not divide it."""
     rank, count = world()
-    if batch % count:
-        raise ValueError(f"a batch of {batch} for {count} processes: it must be a multiple of {count}")
+    require(batch % count == 0, f"a batch of {batch} for {count} processes: it must be a multiple of {count}")
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
 def only_first(function):
@@ -799,17 +785,14 @@ def parse(argv):
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
     images_only = run.flip or run.val or run.image_size or run.dae in ("train", "none")
     source = SOURCES.get(run.dataset.split("-")[0], "a folder of its images")
-    for wrong, rule in (
-            (not run.data and not run.dataset.startswith("toy"), f"{run.dataset} needs --data: {source}"),
-            (run.data and os.path.realpath(run.out) == os.path.realpath(run.data), "--out may not be --data"),
-            (given["dae"] and "train" not in (run.dae or lvae.PRESETS[run.dataset].first_stage),
-             "--dae-... options are for --dae train"),
-            (run.data.endswith(".npz") and images_only,
-             "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents"),
-            (run.device == "xla" and (run.compile == "yes" or given["lvae"].get("recompute")),
-             "--compile and --recompute are not for XLA devices")):
-        if wrong:
-            raise ValueError(rule)
+    trained = (run.dae or lvae.PRESETS[run.dataset].first_stage) == "train"
+    simple = run.compile != "yes" and not given["lvae"].get("recompute")
+    require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: {source}")
+    require(os.path.realpath(run.out) != os.path.realpath(run.data or "toy"), "--out may not be --data")
+    require(trained or not given["dae"], "--dae-... options are for --dae train")
+    require(not run.data.endswith(".npz") or not images_only,
+            "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents")
+    require(run.device != "xla" or simple, "--compile and --recompute are not for XLA devices")
     return run, given["lvae"], given["dae"]
 
 def main(argv=None):

@@ -1,0 +1,750 @@
+"""The autoencoders of latent diffusion (Rombach et al., 2022), KL and VQ, in one file that needs torch only.
+
+They are the first stage of "High Fidelity Image Synthesis With Deep VAEs In Latent Space" (2023).
+
+    ae = load("model.ckpt")                     # an official file, or ours; its tensors tell the architecture
+    h = ae.encode(x)                            # x (B, 3, H, W) in [-1, 1] -> h (B, C, H/f, W/f)
+    x = ae.decode(h)
+
+    python dae.py info FILE                     # what a file is
+    python dae.py convert IN OUT.safetensors    # for diffusers; OUT.ckpt: for latent diffusion
+
+h is raw, without a factor such as 0.18215: the posterior's mean (KL), or what `decode` quantises (VQ).
+Shapes: B batch, H W image size, C latent channels, f downsampling factor.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickletools
+import re
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections import Counter, OrderedDict, namedtuple
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------- configuration
+def knob(default, help):
+    """A field of a config and its explanation, here and in `train.py --help`."""
+    return field(default=default, metadata={"help": help, "low": 0})
+
+@dataclass(frozen=True)
+class Config:
+    """An autoencoder and its training; lists are finest level first. Raises ValueError."""
+    z_channels: int = knob(4, "channels of the latent")
+    width: int = knob(128, "channels at multiplier 1, a multiple of 32")
+    mult: tuple = knob((1, 2, 4, 4), "channel multiplier per level, finest first; f = 2^(levels - 1)")
+    blocks: int = knob(2, "residual blocks per encoder level; the decoder has one more")
+    attention: tuple = knob((), "levels with attention after each block, 0 is the finest")
+    mid_attention: bool = knob(True, "attention between the two middle blocks")
+    codebook: int = knob(0, "entries of the VQ codebook, 0: a KL autoencoder")
+    quant_conv: bool = knob(True, "1x1 convolution after the encoder; SD3 and FLUX have none")
+    post_quant_conv: bool = knob(True, "1x1 convolution before the decoder; SD3 and FLUX have none")
+    # training (KL autoencoders)
+    batch: int = knob(12, "images per training step")
+    lr: float = knob(5.4e-5, "learning rate of Adam, constant (LDM: 4.5e-6 x batch)")
+    steps: int = knob(250_000, "training steps")
+    kl_weight: float = knob(1e-6, "weight of the KL to N(0, 1), summed over the latent")
+    perceptual_weight: float = knob(1.0, "weight of LPIPS, where the lpips package is installed")
+    adversarial_weight: float = knob(0.5, "adversarial gradient as a share of the reconstruction's, 0: none")
+    adversarial_start: int = knob(50_001, "step at which the adversarial term starts")
+
+    def __post_init__(self):
+        for name in ("mult", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists come back from files
+        positive = min(self.z_channels, self.blocks, self.batch, self.lr, *self.widths) > 0 <= self.codebook
+        bounded = 0 < len(self.mult) <= 12 and self.blocks <= 16
+        known = set(self.attention) <= set(range(len(self.mult)))
+        if not positive or not bounded or not known or any(c % 32 for c in (self.width, *self.widths)):
+            raise ValueError("an autoencoder has positive sizes, widths that are multiples of 32, not "
+                             f"{self.widths}, and attention at its levels, not at {self.attention}")
+
+    @property
+    def widths(self):
+        return [round(self.width * m) for m in self.mult]
+
+    @property
+    def f(self):
+        return 2 ** (len(self.mult) - 1)
+
+ARCHITECTURE = ("z_channels", "width", "mult", "blocks", "attention", "mid_attention", "codebook",
+                "quant_conv", "post_quant_conv")
+
+# Rombach et al. (2022), Table 8 and the published configs; small-f4 is ours, for training on a laptop.
+PRESETS = {
+    "kl-f4": Config(z_channels=3, mult=(1, 2, 4)),
+    "kl-f8": Config(),
+    "kl-f16": Config(z_channels=16, mult=(1, 1, 2, 2, 4), attention=(4,)),
+    "kl-f32": Config(z_channels=64, mult=(1, 1, 2, 2, 4, 4), attention=(4, 5)),
+    "vq-f4": Config(z_channels=3, mult=(1, 2, 4), codebook=8192),
+    "vq-f4-noattn": Config(z_channels=3, mult=(1, 2, 4), codebook=8192, mid_attention=False),
+    "vq-f8": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=16384),
+    "vq-f8-n256": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=256),
+    "vq-f16": Config(z_channels=8, mult=(1, 1, 2, 2, 4), attention=(4,), codebook=16384),
+    "small-f4": Config(width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2000,
+                       adversarial_weight=0.0),
+}
+
+# ---------------------------------------------------------------- layers
+def norm(c):
+    return nn.GroupNorm(32, c, eps=1e-6)
+
+def conv(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+def named(**layers):
+    return nn.Sequential(OrderedDict(layers))
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = conv(c_in, c_out)
+        self.norm2 = norm(c_out)
+        self.conv2 = conv(c_out, c_out)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions."""
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)                                                             # (B, c, H, W)
+        q, k, v = (layer(h).flatten(2).mT for layer in (self.q, self.k, self.v))     # (B, H*W, c)
+        h = F.scaled_dot_product_attention(q, k, v)                                  # scale 1/sqrt(c)
+        return x + self.proj_out(h.mT.unflatten(2, x.shape[2:]))
+
+def attention_if(wanted, c):
+    return AttnBlock(c) if wanted else nn.Identity()
+
+def middle(c, attention):
+    return named(block_1=ResBlock(c, c), attn_1=attention_if(attention, c), block_2=ResBlock(c, c))
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each with attention if the config says so, then down or up."""
+    def __init__(self, c_in, c, blocks, attention, down=False, up=False):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c if j else c_in, c) for j in range(blocks))
+        self.attn = nn.ModuleList(attention_if(attention, c) for _ in range(blocks))
+        self.downsample = self.upsample = nn.Identity()
+        if down:
+            self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
+        if up:
+            self.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=conv(c, c))
+
+    def forward(self, x):
+        for block, attention in zip(self.block, self.attn):
+            x = attention(block(x))               # (B, c, H, W)
+        return self.upsample(self.downsample(x))  # (B, c, H/2, W/2), or (B, c, 2H, 2W)
+
+# ---------------------------------------------------------------- the autoencoder
+def encoder(config, c_out):
+    """x (B, 3, H, W) -> features (B, c_out, H/f, W/f)."""
+    widths, last = [config.width, *config.widths], len(config.mult) - 1
+    return named(conv_in=conv(3, config.width),
+                 down=nn.Sequential(*[Level(widths[i], c, config.blocks, i in config.attention, down=i < last)
+                                      for i, c in enumerate(config.widths)]),
+                 mid=middle(widths[-1], config.mid_attention),
+                 norm_out=norm(widths[-1]), silu=nn.SiLU(), conv_out=conv(widths[-1], c_out))
+
+class Up(nn.Sequential):
+    """Levels are counted finest first, as in the official files, and run coarsest first."""
+
+    def forward(self, h):
+        for level in reversed(self):
+            h = level(h)
+        return h
+
+def decoder(config):
+    """Features (B, C, H/f, W/f) -> image (B, 3, H, W)."""
+    widths = [*config.widths, config.widths[-1]]
+    return named(conv_in=conv(config.z_channels, widths[-1]), mid=middle(widths[-1], config.mid_attention),
+                 up=Up(*[Level(widths[i + 1], c, config.blocks + 1, i in config.attention, up=i > 0)
+                         for i, c in enumerate(config.widths)]),
+                 norm_out=norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
+
+class Codebook(nn.Module):
+    def __init__(self, entries, channels):
+        super().__init__()
+        self.embedding = nn.Embedding(entries, channels)
+
+    def forward(self, h):
+        """h (B, C, H, W) -> each position's nearest entry (L2), same shape."""
+        rows, table = h.movedim(1, 3).float(), self.embedding.weight.float()  # (B, H, W, C), (entries, C)
+        nearest = [torch.cdist(part, table).argmin(1) for part in rows.flatten(0, 2).split(4096)]
+        return table[torch.cat(nearest)].view(rows.shape).movedim(3, 1).to(h.dtype)
+
+class Autoencoder(nn.Module):
+    """KL or VQ autoencoder of a Config; state_dict names are those of the official latent-diffusion files."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, c = config, config.z_channels
+        moments = c if config.codebook else 2 * c
+        self.encoder, self.decoder = encoder(config, moments), decoder(config)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(c, c, 1) if config.post_quant_conv else nn.Identity()
+        if config.codebook:
+            self.quantize = Codebook(config.codebook, c)
+
+    def moments(self, x):
+        """x as in `encode` -> mean and log-variance of the posterior (KL), features and None (VQ)."""
+        f = self.config.f
+        if x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"images are {tuple(x.shape)}: expected (B, 3, H, W), H and W multiples of {f}")
+        h = self.quant_conv(self.encoder(x)).float()  # (B, 2C, H/f, W/f), or C for VQ
+        if self.config.codebook:
+            return h, None
+        mean, logvar = h.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled. Raises ValueError."""
+        return self.moments(x)[0]
+
+    def decode(self, h):
+        """Raw latent h (B, C, H/f, W/f) -> image (B, 3, H, W), about [-1, 1], not clipped."""
+        if self.config.codebook:
+            h = self.quantize(h)
+        return self.decoder(self.post_quant_conv(h)).float()
+
+class Identity(nn.Module):
+    """The first stage of a model of pixels: h is the image in 0..255, modelled with shift and scale 127.5."""
+    config = Config(z_channels=3, mult=(1,))
+
+    def encode(self, x):
+        return (x + 1) * 127.5  # (B, 3, H, W)
+
+    def decode(self, h):
+        return h / 127.5 - 1
+
+# ---------------------------------------------------------------- training (Section 3.1)
+class Discriminator(nn.Sequential):
+    """PatchGAN (Isola et al., 2017): x (B, 3, H, W) -> logits of overlapping patches."""
+    def __init__(self, width=64):
+        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * c)]
+            layers += [nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
+        for layer in self:
+            if hasattr(layer, "weight"):
+                nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
+
+def perceptual_network(device="cpu"):
+    """LPIPS (Zhang et al., 2018), or None where the `lpips` package or its weights cannot be had."""
+    try:
+        import lpips
+        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
+    except (ImportError, OSError):
+        return None
+
+def training_losses(ae, x, noise=None, discriminator=None, perceptual=None, average=None):
+    """A KL autoencoder's loss, its adversary's (None without one), and named terms.
+
+    x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f), None draws it; average(tensors) puts the mean over all
+    processes into them. loss = sum |x - rec| + perceptual + weight * adversarial + kl_weight * KL, per image.
+    """
+    config, hinge = ae.config, None
+    mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
+    noise = torch.randn_like(mean) if noise is None else noise
+    rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
+    error = (x - rec).abs()
+    nll = error.sum((1, 2, 3)).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+    terms = {"l1": error.mean(), "kl": kl}
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(x, rec).float().mean()
+        nll = nll + config.perceptual_weight * terms["perceptual"] * x[0].numel()
+    loss = nll + config.kl_weight * kl
+    if discriminator is not None:
+        adversarial, last = -discriminator(rec).float().mean(), ae.decoder.conv_out.weight
+        gradients = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (nll, adversarial)]
+        if average is not None:
+            average(gradients)
+        ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)  # as in VQGAN (Esser et al., 2021)
+        weight = config.adversarial_weight * ratio.clamp(0, 1e4)
+        loss = loss + weight * adversarial
+        real, fake = discriminator(x).float(), discriminator(rec.detach()).float()  # (B, 1, h, w)
+        hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        terms |= {"adversarial": adversarial, "adversarial_weight": weight, "discriminator": hinge}
+    return loss, hinge, {name: term.detach() for name, term in terms.items()}
+
+def make_optimizers(parts, config):
+    """Adam for the autoencoder ("dae") and its adversary ("discriminator", if any: then with LDM's betas)."""
+    betas = (0.5, 0.9) if "discriminator" in parts else (0.9, 0.99)
+    return {name: torch.optim.Adam(part.parameters(), config.lr, betas=betas, fused=True)
+            for name, part in parts.items()}
+
+def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
+               context=contextlib.nullcontext()):
+    """One update of the parts of make_optimizers -> named statistics. context: autocast.
+
+    A step whose gradient is not finite leaves everything as it was.
+    """
+    config = parts["dae"].config
+    buffers = [buffer for part in parts.values() for buffer in part.buffers()]
+    before = [buffer.clone() for buffer in buffers]  # batch norm's statistics
+    adversary = parts.get("discriminator") if step >= config.adversarial_start else None
+    with context:
+        loss, hinge, terms = training_losses(parts["dae"], x, noise, adversary, perceptual, average)
+    losses = {"dae": loss} if hinge is None else {"dae": loss, "discriminator": hinge}
+    for name, objective in losses.items():
+        optimizers[name].zero_grad()  # the autoencoder's loss has reached the adversary
+        objective.backward()
+    gradients = [p.grad for name in losses for p in parts[name].parameters()]
+    if average is not None:
+        average(gradients)
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    # Constant, as LDM's, but for the last third: a short run ends sharper if its rate falls to zero.
+    lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
+    optimizers["dae"].param_groups[0]["lr"] = lr
+    if math.isfinite(norm):
+        for name in losses:
+            optimizers[name].step()
+    else:
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+    return {"loss": loss.detach(), **terms, "grad_norm": norm, "skipped": not math.isfinite(norm), "lr": lr}
+
+def to_tensor(images):
+    """Arrays of uint8, (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+    images = torch.stack([torch.from_numpy(image.copy()) for image in images])
+    return images.permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+
+def to_uint8(x):
+    """float (B, 3, H, W) in [-1, 1] -> array of uint8, (B, H, W, 3)."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+# ---------------------------------------------------------------- files: reading runs nothing in them
+def printable(text):
+    """Text that a file may have a part in, its control characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+class LoadError(ValueError):
+    """A file that cannot be used, in one line: which file, what is wrong, what to do."""
+    def __init__(self, text):
+        super().__init__(printable(text))
+
+def require(condition, problem):
+    if not condition:
+        raise LoadError(problem)
+
+class Inert:
+    """What a file makes of a class or function that torch does not know. It holds nothing."""
+
+    def __new__(cls, *ignored):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+class InertDict:
+    def __new__(cls, *ignored):
+        return OrderedDict()  # torch puts items into real dicts only
+
+LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number: torch's files before 1.6
+LIMIT = 1 << 22                               # bytes of a pickle; real ones: below half
+UNWANTED = re.compile("bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)")
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+               "BOOL": torch.bool, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
+               "F8_E5M2": torch.float8_e5m2}
+
+def check_pickle(data):
+    """Refuse a pickle that would crash torch's reader or keep it busy, by the sizes of what it builds."""
+    stack, marks, memo, work = [], [], {}, 0  # an object is a list of one number, its size
+    for operation, value, position in pickletools.genops(data):
+        name, takes = operation.name, operation.stack_before
+        if name.endswith("GET"):
+            stack.append(memo[value])
+        elif name.endswith("PUT"):
+            memo[value] = stack[-1]
+        elif name == "MARK":
+            marks.append(len(stack))
+        else:
+            start = len(stack) - len(takes)
+            if pickletools.markobject in takes:
+                start = marks.pop() - takes.index(pickletools.markobject)
+            taken = stack[start:]
+            made = taken.pop(0) if name.startswith(("APPEND", "SETITEM", "BUILD")) else [1]
+            size = sum(number for number, in taken)
+            made[0] += size
+            work += size                      # grows with nesting and with repeated use
+            stack[start:] = [made] * len(operation.stack_after)
+        slow_to_hash = type(value) is int and abs(value) >> 61
+        unwanted = name == "GLOBAL" and UNWANTED.search(value)
+        require(max(position, work // 4) <= LIMIT and not slow_to_hash and not unwanted,
+                "a hostile file, or one of sparse, quantised or missing tensors")
+
+def load_zip(path):
+    """torch.save's format since 1.6; what it names and torch does not know becomes Inert."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        require(pickles, "a zip without weights: it holds no .ckpt")
+        total = sum(entry.file_size for entry in entries)
+        require(total <= os.path.getsize(path) and not any(entry.compress_type for entry in entries),
+                "its parts are compressed or overlap, which torch does not write")
+        for entry in pickles:
+            check_pickle(archive.read(entry))
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    inert = [(InertDict if name.lower().endswith("dict") else Inert, name) for name in names]
+    with torch.serialization.safe_globals(inert):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+def load_safetensors(path):
+    """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors, without gaps."""
+    size, tensors = os.path.getsize(path), {}
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")  # where the tensors begin
+        header = json.loads(file.read(min(start - 8, 100_000_000)))
+    header.pop("__metadata__", None)
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    ends = [0] + [end for _, end in spans]
+    require([begin for begin, _ in spans] == ends[:-1] and start + ends[-1] == size,
+            f"truncated or damaged: its tensors do not fill the {size} bytes of the file")
+    mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    for name, entry in header.items():
+        dtype, (begin, end) = SAFETENSORS[entry["dtype"]], entry["data_offsets"]
+        data = mapped[start + begin:start + end]
+        aligned = data if data.data_ptr() % dtype.itemsize == 0 else data.clone()
+        tensors[name] = aligned.view(dtype).view(entry["shape"])
+    return tensors
+
+def unpack(path, folder):
+    """The .ckpt of latent diffusion's zip, extracted into a folder; any other file is its own."""
+    if os.path.isfile(path) and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                name = os.path.basename(entry.filename)
+                if name.endswith(".ckpt") and not name.startswith("._"):
+                    require(entry.file_size <= max(1 << 30, 4 * entry.compress_size), "its .ckpt is a bomb")
+                    entry.filename = "model.ckpt"
+                    return archive.extract(entry, folder)
+    return path
+
+def contents(path):
+    """What `read` returns; raises whatever a broken or hostile file provokes."""
+    require(os.path.isfile(path) or not os.path.exists(path), "a folder or a device")  # a pipe would wait
+    with open(path, "rb") as file:
+        head = file.read(64)
+        if LEGACY in head:
+            file.seek(head.index(LEGACY) + len(LEGACY))
+            for _ in range(4):  # version, machine, content, keys
+                check_pickle(file)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        elif head.startswith(b"PK\x03\x04"):
+            content = load_zip(path)
+        else:
+            require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head[:40]!r}")
+            content = load_safetensors(path)
+    stack, seen, total = [content], 0, 0
+    while stack:
+        value, seen = stack.pop(), seen + 1
+        if torch.is_tensor(value):
+            total += value.nbytes
+            vars(value).clear()  # attributes that the file gave it
+        elif isinstance(value, (dict, list, tuple)):
+            stack += value.values() if isinstance(value, dict) else value
+        require(seen <= 1_000_000 and total <= 2 * os.path.getsize(path),  # tied weights count twice
+                "a hostile file: what it holds is larger than itself")
+    return content
+
+def read(path):
+    """What a file of weights holds (.safetensors, any torch.save's, or one in a zip), as plain containers and
+    CPU tensors, views of the mapped file: copy what is to be kept. Raises LoadError."""
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    try:
+        with temporary as folder, warnings.catch_warnings(action="ignore"):
+            return contents(unpack(path, folder))
+    except LoadError as e:
+        cause = e
+    except Exception as e:  # torch's own words are long and coloured
+        cause = getattr(e, "strerror", None) or f"a truncated, damaged or hostile file ({type(e).__name__})"
+    raise LoadError(f"{path}: {cause}")
+
+# ---------------------------------------------------------------- the autoencoder in a file
+# Fragments of names in latent diffusion's files, which are ours, and in diffusers', replaced in this order.
+DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_block.resnets.1."),
+             ("mid.attn_1.", "mid_block.attentions.0."), (".down.", ".down_blocks."), (".up.", ".up_blocks."),
+             (".block.", ".resnets."), (".attn.", ".attentions."), (".downsample.", ".downsamplers.0."),
+             (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."),
+             (".norm_out.", ".conv_norm_out."), (".norm.", ".group_norm."), (".q.", ".to_q."),
+             (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0.")]
+OLD_DIFFUSERS = [(".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
+LINEAR = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")  # in diffusers, 1x1 convolutions in ours
+FIRST = "encoder.conv_in.weight"  # every autoencoder has it, in both namings
+
+def translate(state, pairs):
+    """A state_dict in other names, and with the decoder's levels counted from the other end."""
+    levels = [int(name.split(".")[2]) for name in state if name.startswith("decoder.up")]
+    result = {}
+    for name, value in state.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        if name.startswith("decoder.up"):
+            part, up, level, rest = name.split(".", 3)
+            name = f"{part}.{up}.{max(levels) - int(level)}.{rest}"
+        result[name] = value
+    return result
+
+def from_diffusers(state):
+    """A state_dict in diffusers' names, new or old, -> latent diffusion's."""
+    state = translate(state, [(new, old) for old, new in DIFFUSERS + OLD_DIFFUSERS])
+    return {name: value[:, :, None, None] if name.endswith(LINEAR) and value.ndim == 2 else value
+            for name, value in state.items()}
+
+def to_diffusers(state):
+    """A state_dict in latent diffusion's names -> diffusers' (AutoencoderKL, VQModel)."""
+    state = {name: value.flatten(1) if name.endswith(LINEAR) else value for name, value in state.items()}
+    return translate(state, DIFFUSERS)
+
+def flatten(content, prefix="", depth=3):
+    """The tensors of real numbers in nested dicts, as pairs (names joined by dots, tensor)."""
+    for key, value in content.items() if isinstance(content, dict) and depth >= 0 else ():
+        if type(key) is str and torch.is_tensor(value) and value.is_floating_point():
+            yield prefix + key, value.detach()
+        elif type(key) is str:
+            yield from flatten(value, f"{prefix}{key}.", depth - 1)
+
+Found = namedtuple("Found", "state naming dropped")  # state in latent diffusion's names
+
+def find(content, source):
+    """The autoencoder in what `read` returned, in any wrapping and naming, as Found. Raises LoadError."""
+    tensors = dict(flatten(content))
+    prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
+    found = str(list(tensors)[:3])[:200]
+    require(prefixes, f"{source}: holds no autoencoder (expected {FIRST}, found {found})")
+    prefix = min([p for p in prefixes if p.endswith("first_stage_model.")] or prefixes, key=len)
+    ignored = (f"{prefix}loss.", f"{prefix}model_ema.")
+    own = [name for name in tensors if name.startswith(prefix) and not name.startswith(ignored)]
+    state, naming = {name.removeprefix(prefix): tensors[name] for name in own}, "latent diffusion's"
+    dropped = Counter(name.removeprefix("state_dict.").split(".")[0] for name in tensors.keys() - set(own))
+    if any(name.startswith("decoder.mid_block.") for name in state):
+        state, naming = from_diffusers(state), "diffusers'"
+    return Found(state, f"{naming}, after {prefix!r}", dropped)
+
+def config_of(state):
+    """The Config of a state_dict in latent diffusion's names. Raises KeyError or ValueError."""
+    def count(prefix):
+        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    width, levels = len(state[FIRST]), range(count("encoder.down."))
+    channels = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in levels]
+    return Config(
+        z_channels=state["decoder.conv_in.weight"].shape[1], width=width,
+        blocks=count("encoder.down.0.block."),
+        mult=[c // width if c % width == 0 else c / width for c in channels],
+        attention=[i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state],
+        mid_attention="encoder.mid.attn_1.q.weight" in state,
+        codebook=len(state.get("quantize.embedding.weight", ())),
+        quant_conv="quant_conv.weight" in state, post_quant_conv="post_quant_conv.weight" in state)
+
+def fill(make, state, source):
+    """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises LoadError."""
+    try:
+        with torch.device("meta"):  # shapes only
+            module = make()
+        copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
+        module.load_state_dict(copies, assign=True)
+    except Exception as e:  # a configuration or tensors that no model has
+        problem = str(e).replace("\n\t", " ")[:250]
+        raise LoadError(f"{source}: not a model that we know ({type(e).__name__}: {problem})") from None
+    return module.eval()
+
+def from_state(state, source="state_dict", theirs=()):
+    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises LoadError, also
+    where `theirs`, the fields of diffusers' config.json, describe another computation."""
+    def make():
+        config = config_of(state)
+        ours = {"norm_num_groups": 32, "act_fn": "silu", "vq_embed_dim": config.z_channels}
+        for name in ours.keys() & theirs:  # what tensors cannot tell
+            require(theirs[name] in (None, ours[name]),
+                    f"config.json beside it has {name} {theirs[name]}, expected {ours[name]}")
+        return Autoencoder(config)
+    return fill(make, state, source)
+
+ADDRESSES = {name: f"https://ommer-lab.com/files/latent-diffusion/{name}.zip"
+             for name in PRESETS if name != "small-f4"}
+
+# The paper's pipelines, on Google Drive: the names of the files, and what Drive calls them.
+DRIVE = {"church": ("church_pipeline.pt", "1-174o5MywJYhhOcYI6yzMfUP5DvnlPcK"),
+         "bedroom": ("bedroom_pipeline.pt", "1--uqW9S8-tbMJG8whHDx1qPJeH5W0j9r"),
+         "imagenet": ("inet_pipeline.pt", "1-Td-danBSRX4IhlXAD_CtgFARbu4C9hH")}
+PIPELINES = {name: f"https://drive.usercontent.google.com/download?id={key}&export=download&confirm=t"
+             for name, (_, key) in DRIVE.items()}
+
+def local(name):
+    """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises LoadError."""
+    addresses, folder = ADDRESSES | PIPELINES, os.path.join(torch.hub.get_dir(), "checkpoints")
+    if os.path.isfile(name) or name not in addresses:
+        return name
+    file, key = DRIVE.get(name, (f"{name}.ckpt", None))
+    page = f"https://drive.google.com/file/d/{key}/view" if key else addresses[name]
+    path = os.path.join(folder, file)
+    for kept in (path, os.path.join(folder, f"{name}.zip")):
+        if os.path.isfile(kept):
+            return kept
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            print(f"{name}: downloading {addresses[name]}", file=sys.stderr)
+            came = os.path.join(temporary, file)
+            torch.hub.download_url_to_file(addresses[name], came)
+            weights = unpack(came, temporary)
+            read(weights)  # only what can be used is kept
+            os.replace(weights, path)
+    except Exception as e:  # of the network, the disk, or what came
+        raise LoadError(f"{name} could not be downloaded ({e}): get {page} as it is, as {path}") from None
+    return path
+
+def config_beside(path):
+    """diffusers' config.json beside a file, as a dict: empty if there is none, or another program's."""
+    beside = os.path.join(os.path.dirname(path), "config.json")
+    try:
+        with open(beside if os.path.isfile(beside) else os.devnull, "rb") as file:  # a pipe would wait
+            fields = json.load(file)
+        return fields if fields["_class_name"] in ("AutoencoderKL", "VQModel") else {}
+    except Exception:  # whatever another program's file holds
+        return {}
+
+def open_file(path):
+    """What `find` finds in a file, or under a published name, and its Autoencoder. Raises LoadError."""
+    path = local(path)
+    found = find(read(path), path)
+    return found, from_state(found.state, path, config_beside(path))
+
+def load(path):
+    """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
+    VQModel), the paper's pipelines or train.py, told apart by content. Raises LoadError."""
+    return open_file(path)[1]
+
+# ---------------------------------------------------------------- writing files, and the command line
+def write(path, save):
+    """Write a file whole or not at all: `save(file)` fills a temporary one, which then takes the name."""
+    temporary = f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        raise LoadError(f"{path}: cannot be written ({e.__context__ or e})") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+def save_safetensors(state, file):
+    """Write a state_dict in the layout that load_safetensors reads."""
+    names = {dtype: name for name, dtype in SAFETENSORS.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, value in state.items():
+        begin, end = end, end + value.nbytes
+        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for value in state.values():
+        file.write(value.contiguous().flatten().view(torch.uint8).numpy())
+
+def diffusers_config(config):
+    """The config.json with which diffusers' AutoencoderKL or VQModel takes our weights."""
+    down = ["AttnDownEncoderBlock2D" if i in config.attention else "DownEncoderBlock2D"
+            for i in range(len(config.mult))]
+    kind = {"_class_name": "AutoencoderKL", "scaling_factor": 1.0, "use_quant_conv": config.quant_conv,
+            "use_post_quant_conv": config.post_quant_conv}
+    if config.codebook:
+        kind = {"_class_name": "VQModel", "num_vq_embeddings": config.codebook}
+    return kind | {"down_block_types": down, "block_out_channels": config.widths,
+                   "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
+                   "layers_per_block": config.blocks, "latent_channels": config.z_channels,
+                   "mid_block_add_attention": config.mid_attention}
+
+def info(path):
+    """Say what a file is, in a few lines."""
+    (state, naming, dropped), ae = open_file(path)
+    config = ae.config
+    fields = {name: getattr(config, name) for name in ARCHITECTURE}
+    like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
+    types = ", ".join({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    left = ", ".join(f"{name[:40]}.* ({count} tensors)" for name, count in dropped.most_common(20))
+    layers = ", ".join(f"{name} {value}" for name, value in fields.items())
+    kind = f"{'VQ' if config.codebook else 'KL'} autoencoder, f = {config.f}, as {like[0]}"
+    lines = {"file": local(path), "kind": kind, "layers": layers,
+             "parameters": f"{sum(value.numel() for value in state.values()):,} in {types}",
+             "names": naming, "left out": left or "nothing"}
+    for label, text in lines.items():
+        print(printable(f"{label:12}{text}"))
+
+def convert(source, target):
+    """Write an autoencoder for latent diffusion (.ckpt, .pt) or diffusers (.safetensors; called
+    diffusion_pytorch_model.safetensors, with the config.json that diffusers wants beside it)."""
+    require(target.endswith((".ckpt", ".pt", ".safetensors")), f"{target}: not .ckpt, .pt or .safetensors")
+    (state, _, _), ae = open_file(source)
+    if target.endswith(".safetensors"):
+        write(target, lambda file: save_safetensors(to_diffusers(state), file))
+    else:
+        write(target, lambda file: torch.save({"state_dict": {k: v.clone() for k, v in state.items()}}, file))
+    if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
+        theirs = {name: value for name, value in config_beside(target).items() if name.endswith("_factor")}
+        text = json.dumps(diffusers_config(ae.config) | theirs, indent=2)  # the factors are the user's
+        write(os.path.join(os.path.dirname(target), "config.json"), lambda file: file.write(text.encode()))
+    print(printable(f"{target}: {len(state)} tensors"))
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ValueErrors of one line, and which takes no shortened options."""
+    def __init__(self, **options):
+        super().__init__(**options, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
+
+def at_least(low, kind=int):
+    """argparse type: a number from `low` up."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} up, not {text}")
+        return value
+    number.__name__ = kind.__name__                            # what argparse calls it
+    return number
+
+def cli(main):
+    """Run a command; a user's mistake, a full disk or a bad file is one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+        print(f"error: {printable(text)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last save", file=sys.stderr)
+        sys.exit(130)
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    commands.add_parser("info", help=info.__doc__).add_argument("path")
+    command = commands.add_parser("convert", help=convert.__doc__)
+    command.add_argument("source")
+    command.add_argument("target")
+    arguments = vars(parser.parse_args(argv))
+    {"info": info, "convert": convert}[arguments.pop("command")](**arguments)
+
+if __name__ == "__main__":
+    cli(main)
