@@ -70,6 +70,7 @@ class Config:
     accumulate: int = knob(1, "forward passes per step; effective batch = batch x accumulate", 1)
     lr: float = knob(2e-4, "learning rate of Adam", 1e-12)
     warmup: int = knob(100, "steps of linear learning-rate warm-up")
+    lr_decay: float = knob(0.0, "share of the steps, the last ones, in which the learning rate falls to 0")
     ema: float = knob(0.9999, "decay of the weights' moving average per step, up to 1 (reached gradually)")
     skip_threshold: float = knob(300.0, "skip larger gradient norms per data dimension, after step 1000")
     steps: int = knob(250_000, "training steps")
@@ -585,7 +586,8 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     norm = float(torch.nn.utils.get_total_norm(gradients))     # the only look from the host
     limit = config.skip_threshold * config.data_channels * config.resolution ** 2 if step > 1000 else math.inf
     good = math.isfinite(norm) and norm <= limit
-    rate = config.lr * min(1, step / max(config.warmup, 1))
+    left, fall = max(0, config.steps - step + 1), config.lr_decay * config.steps
+    rate = config.lr * min(1, step / max(config.warmup, 1), left / fall if fall else 1)
     if good:
         optimizer.param_groups[0]["lr"].copy_(torch.tensor([rate]))
         optimizer.step()
