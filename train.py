@@ -386,7 +386,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
 @torch.no_grad()
 def encodings(ae, size, images, views, device, dtype):
     """The latents of all images, (batch, views, C, h, w) at a time; NaN for bad ones."""
-    batch = max(1, min(64, (128 if device.type == "cuda" else 64) ** 3 // size ** 2 // 2))
+    batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
     blank, bar = np.zeros((size, size, 3), np.uint8), progress_bar("encoding", 0, len(images.names))
 
     def read(first):
