@@ -49,7 +49,7 @@ class Config:
     post_quant_conv: bool = knob(True, "1x1 convolution before the decoder; SD3 and FLUX have none")
     # training (KL autoencoders)
     batch: int = knob(12, "images per training step")
-    lr: float = knob(5.4e-5, "learning rate of Adam, constant (LDM: 4.5e-6 x batch)")
+    lr: float = knob(5.4e-5, "learning rate of Adam (LDM: 4.5e-6 x batch); it falls to 0 in the last third")
     steps: int = knob(250_000, "training steps")
     kl_weight: float = knob(1e-6, "weight of the KL to N(0, 1), summed over the latent")
     edge_weight: float = knob(0.0, "weight of the L1 of the error's differences between neighbouring pixels")
@@ -89,7 +89,7 @@ PRESETS = {
     "vq-f8": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=16384),
     "vq-f8-n256": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=256),
     "vq-f16": Config(z_channels=8, mult=(1, 1, 2, 2, 4), attention=(4,), codebook=16384),
-    "small-f4": Config(width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2800,
+    "small-f4": Config(width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2400,
                        edge_weight=0.5, adversarial_weight=0.0),
 }
 
@@ -111,7 +111,8 @@ class ResBlock(nn.Module):
         self.norm2 = norm(c_out)
         self.conv2 = conv(c_out, c_out)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)                      # starts as the shortcut: trains much faster
+        for value in self.conv2.parameters():                  # starts as the shortcut: trains much faster
+            nn.init.zeros_(value)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
@@ -312,7 +313,7 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
     if average is not None:
         average(gradients)
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    # Constant, as LDM's, but for the last third: a short run ends sharper if its rate falls to zero.
+    # LDM's is constant; but a run starts calmer if its rate warms up, and ends sharper if it falls to zero.
     lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
     optimizers["dae"].param_groups[0]["lr"] = lr
     if math.isfinite(norm):
@@ -338,7 +339,7 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 class LoadError(ValueError):
-    """A file that cannot be used, in one line: which file, what is wrong, what to do."""
+    """What cannot be used, a file or an option, in one line: what is wrong, what to do."""
     def __init__(self, text):
         super().__init__(printable(text))
 

@@ -7,7 +7,8 @@ latent groups z_1 .. z_L that model the latents of an image autoencoder (dae.py)
                  - distortion                          rate, one KL per latent group
 
 A group is represented by its noise under the prior, eps_i = (z_i - mean_i) / std_i: "eps in, x out, None =
-draw it" is sampling, reconstruction, interpolation and outpainting. A training on latents h, labels (N,):
+draw it" is sampling, reconstruction, interpolation and outpainting. A training on latents h (N, 4, 16, 16)
+and labels (N,), 0 to 7, for which `adapted` makes others of the preset:
 
     config = replace(lvae.PRESETS["toy"], shift=h.mean().item(), scale=h.std().item())
     model = lvae.LVAE(config).train()
@@ -56,7 +57,7 @@ class Config:
     ffn: tuple = knob((4, 4, 4, 4, 4), "expansion of the 1x1 convs in a block per level; 0: none")
     groups: tuple = knob((8, 8, 8, 8, 8), "latent groups per level", 1)
     encoder_layers: tuple = knob((4, 4, 4, 4, 4), "encoder blocks per level", 1)
-    attention_layers: tuple = knob((4, 4, 4, 0, 0), "attention layers per level, in each path")
+    attention_layers: tuple = knob((4, 4, 4, 0, 0), "attention layers per level, at most, in each path")
     heads: tuple = knob((4, 8, 8, 0, 0), "attention heads per level, divisors of its widths")
     z_dim: int = knob(16, "channels of a latent group", 1)
     hierarchical_prior: bool = knob(False, "learn p(z_i | z_<i), not standard normal; guidance acts on it")
@@ -119,9 +120,9 @@ _BIG_PIXELS = dict(_PIXELS, resolution=256, width=64, encoder_width=64, sigma_q=
 _TOY = dict(resolution=16, num_classes=8, width=64, encoder_width=64, mult=(1, 2, 2, 2), ffn=(0, 2, 2, 2),
             groups=(2, 4, 4, 2), encoder_layers=(2, 2, 2, 1), attention_layers=(0, 1, 1, 0),
             heads=(0, 4, 4, 0), hierarchical_prior=True, kl_schedule=("shifted_exp", 100, 10), lr=1.5e-3,
-            batch=32, ema=0.995, steps=1200)
+            lr_decay=0.5, batch=32, ema=0.995, steps=1300)
 _TOY_PIXELS = dict(_PIXELS, resolution=64, width=32, encoder_width=32, sigma_q=0.1, spectral_weight=0.25,
-                   lr=1e-3, batch=16, ema=0.995)
+                   lr=1e-3, lr_decay=0.5, batch=16, ema=0.995)
 PRESETS = {
     "toy": Config(first_stage="train", scale=0.0, sigma_q=0.2, **_TOY),
     "toy-rgb16": Config(sigma_q=0.1, **_PIXELS, **_TOY),
@@ -289,7 +290,7 @@ def shrink(x, config):
 
 def attention_positions(blocks, layers):
     """After which blocks attention follows: as in the released weights, top-down they count from 1, bottom-up
-    from 0, where 4 layers for 4 blocks leave no place for the last."""
+    from 0. Of two at one place one is left: church's 4 layers for the 4 blocks of its encoder are 3."""
     return {round(blocks / (layers + 1) * i) for i in range(1, layers + 1)}
 
 def run_block(config, block, *inputs):
@@ -439,7 +440,7 @@ class LVAE(nn.Module):
         """Samples: the mean of p(x|z), z from the prior. (n, C, H, W), normalised data.
         noise: L whitened eps (B, z, h, w), top-down; None, or None for some groups, draws them: a prefix of
             `encode(x)`, then None, keeps what the first groups say of x. An entry may be a function of the
-            group's prior: `lambda prior: whiten(z, prior)` imposes z.
+            group's prior: `lambda prior: whiten(z, prior)` imposes z (at temperature 1).
         label: an int, (n,) ints, or None; or (n, label_dim) floats, mixtures of rows of `embedding`.
         mean_guidance, variance_guidance: w_mu, w_sigma of Eq. 2, a number, or one per level, coarsest first.
         n: how many, if nothing else says so. temperature: multiplies every prior's std. low_res (n, C, H/f,

@@ -183,7 +183,7 @@ def make_sampler(args, upsamples=False):
     sampler = Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None))
     alone = upsamples or not sampler.config.upsample
     require(alone, f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
-    set_up(sampler, args, many=args.command == "generate" and (args.n or 0) >= 1000)
+    set_up(sampler, args, many=args.command in ("generate", "evaluate") and (args.n or 0) >= 1000)
     return sampler
 
 def set_up(sampler, args, many):

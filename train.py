@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import copy
 import ctypes
+import glob
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -136,6 +138,8 @@ def train_both(run, model_options, dae_options):
         shape, classes = (stage.z_channels, size / stage.f, size / stage.f), len(images.classes)
     if not known:
         config = fit_preset(run, config, name, shape, classes)
+    elif run.dae and not resumed:
+        config = replace(config, first_stage=name)
     config = replace(config, **model_options)
     check(run, config, shape, classes)
     with claim(run.out):                                       # only now: what was asked for fits
@@ -375,6 +379,9 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     if world()[0] == 0 and not os.path.exists(path):
         with contextlib.suppress(Stopped):
             daes.write(path, save)
+            for old in glob.glob(os.path.join(glob.escape(run.out), "latents_*.npy")):
+                if not os.path.samefile(old, path):
+                    os.remove(old)
     if asked_to_stop():                                        # all processes wait here
         raise Stopped("the images are not all encoded yet")
     h = np.load(path, mmap_mode="r")
@@ -414,11 +421,14 @@ def split(count, share):
     held = min(round(share * count), 2000) if count > 1 else 0
     return np.sort(order[held:]), np.sort(order[:held])
 
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
 def batch_indices(seed, count, batch, number):
     """Batch `number` of an endless pass over `count` items, shuffled anew each epoch: a pure function."""
-    epochs, places = np.divmod(np.arange(number * batch, (number + 1) * batch), count)
-    orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in set(epochs.tolist())}
-    return np.array([orders[e][place] for e, place in zip(epochs, places)])
+    places = range(number * batch, (number + 1) * batch)
+    return np.array([epoch_order(seed, place // count, count)[place % count] for place in places])
 
 # ---------------------------------------------------------------- images
 SOURCES = {"church": "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip, unpacked",
@@ -447,8 +457,9 @@ class Images:
 
     def first_good(self, rows, start):
         """The first of `rows`, from `start` on, that is not bad. Raises ValueError if all are."""
-        for i in np.roll(rows, -start):
-            if (image := self.read(i)) is not None:
+        for k in range(len(rows)):
+            image = self.read(rows[(start + k) % len(rows)])
+            if image is not None:
                 return image
         raise ValueError(f"no usable image among {len(rows)}: {next(iter(self.bad.items()))}")
 
@@ -785,12 +796,14 @@ def parse(argv):
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
     images_only = run.flip or run.val or run.image_size or run.dae in ("train", "none")
     source = SOURCES.get(run.dataset.split("-")[0], "a folder of its images")
-    trained = (run.dae or lvae.PRESETS[run.dataset].first_stage) == "train"
+    npz, own = run.data.endswith(".npz"), run.data and os.path.realpath(run.data) == os.path.realpath(run.out)
+    trained = (run.dae or lvae.PRESETS[run.dataset].first_stage) == "train" and not npz
+    trained = trained and (run.dae or not run.init)
     simple = run.compile != "yes" and not given["lvae"].get("recompute")
     require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: {source}")
-    require(os.path.realpath(run.out) != os.path.realpath(run.data or "toy"), "--out may not be --data")
+    require(not own, "--out may not be --data")
     require(trained or not given["dae"], "--dae-... options are for --dae train")
-    require(not run.data.endswith(".npz") or not images_only,
+    require(not npz or not images_only,
             "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents")
     require(run.device != "xla" or simple, "--compile and --recompute are not for XLA devices")
     return run, given["lvae"], given["dae"]
