@@ -742,16 +742,18 @@ def bench(args):
     row("together", *total)
     print(f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
     if args.train:
-        seconds = seconds_per_call(training_step(sampler, args.train), device, args.seconds) / args.train
-        row("training", training_flops(config), seconds)
+        flop = count_flops(training_step(sampler, 1))
+        step = training_step(sampler, args.train, sampler.compiled)
+        seconds = seconds_per_call(step, device, args.seconds) / args.train
+        row("training", flop, seconds)
         print(f"{1 / seconds:.2f} images/s in training, peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
-def training_step(sampler, n):
+def training_step(sampler, n, compiled=False):
     """A function that does a training step of n samples with a new model like the sampler's."""
     config = replace(sampler.config, accumulate=1)
     model = place(lvae.LVAE(config).train(), sampler.device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
-    if sampler.compiled:
+    if compiled:
         model.compile(dynamic=False)
     data = [random_batch(config, n, sampler.device)]
     return lambda: lvae.train_step(model, ema, optimizer, data, 1, sampler.dtype)
@@ -768,14 +770,6 @@ def random_batch(config, n, device="cpu"):
     """Data (n, C, side, side), and labels (n,) or None."""
     x = torch.randn(n, config.data_channels, config.resolution, config.resolution, device=device)
     return x, torch.arange(n, device=device) % config.num_classes if config.num_classes else None
-
-def training_flops(config):
-    """FLOPs of a sample's forward and backward pass, on tensors without content, and without labels."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    config = replace(config, num_classes=0, recompute=False)
-    with FakeTensorMode():
-        model, (x, _) = lvae.LVAE(config), random_batch(config, 1)
-        return count_flops(lambda: model(x).mean.sum().backward())
 
 def count_flops(function):
     """The floating-point operations of a call, 2 for each multiplication with an addition."""
