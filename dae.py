@@ -474,7 +474,11 @@ def read(path):
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     try:
         with temporary as folder, warnings.catch_warnings(action="ignore"):
-            return contents(unpack(path, folder))
+            file = unpack(path, folder)
+            if file.encode(errors="ignore").decode() != file:  # bytes that are no text: torch wants text
+                file = os.path.join(folder, "link")
+                os.symlink(os.path.abspath(path), file)
+            return contents(file)
     except LoadError as e:
         cause = e
     except Exception as e:  # torch's own words are long and coloured
