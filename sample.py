@@ -36,7 +36,7 @@ import dae as daes
 import lvae
 from dae import at_least, cli, printable, require, to_tensor, to_uint8
 from train import (asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images, place,
-                   read_image, relabel, save_picture, setup, world)
+                   read_image, relabel, save_picture, say, setup, world)
 
 # ---------------------------------------------------------------- the model
 class Sampler:
@@ -128,16 +128,17 @@ class Sampler:
         return [lvae.whiten(latent.z, latent.prior) for latent in self.infer(x, label, low_res).latents]
 
     def known(self):
-        """Names and numbers of classes, in lower case -> the class. 'none' is no label."""
+        """Names and numbers of classes, in lower case or as they are -> the class. 'none' is no label."""
         count = self.config.num_classes
         known = {str(i): i for i in range(count)} | ({"none": count} if count else {})
         for names in (self.classes, self.folders):
-            known |= {names[i].lower(): i for i in reversed(range(min(count, len(names))))}
-        return known
+            known |= {names[i].strip().lower(): i for i in reversed(range(min(count, len(names))))}
+        return known | {name: i for i, name in enumerate(self.folders[:count])}
 
     def label(self, text):
         """A class by its name, a unique beginning of it, or its number; 'none': no label. ValueError."""
-        known, text = self.known(), text.strip().lower()
+        known = self.known()
+        text = text if text in known else text.strip().lower()
         found = {known[text]} if text in known else {known[name] for name in known if name.startswith(text)}
         if len(found) != 1 or not text:
             names = [name for i, name in enumerate(self.classes) if i in found] or self.classes
@@ -152,7 +153,7 @@ class Sampler:
         while words:
             for n in range(len(words), 0, -1):
                 name = ",".join(words[:n])
-                if n == 1 or name.strip().lower() in known:
+                if n == 1 or {name, name.strip().lower()} & known.keys():
                     break
             labels.append(self.label(name))
             words = words[n:]
@@ -211,9 +212,9 @@ def guidance_settings(sampler, args):
     names = ("mean_guidance", "variance_guidance", "temperature")
     return [dict(zip(names, values)) for values in itertools.product(means, variances, args.temperature)]
 
-def even_labels(sampler, text, n):
-    """n labels, as even as can be over the classes that `text` names (None: all), in order; None without."""
-    classes = sampler.labels(text) if text else range(sampler.config.num_classes)
+def even_labels(sampler, text, n, some=None):
+    """n labels, as even as can be over the classes that `text` names (None: `some`, or all), in order."""
+    classes = sampler.labels(text) if text else some or range(sampler.config.num_classes)
     return np.array(classes)[np.sort(np.arange(n) % len(classes))] if classes else None
 
 def pick(sampler, labels, rows):
@@ -293,7 +294,7 @@ def generate(args):
     weights, = guidance_settings(sampler, args)
     classes = sampler.labels(args.label) if args.label else range(min(sampler.config.num_classes, 10))
     n = args.n or 8 * min(len(classes), 10) or 16
-    labels = even_labels(sampler, args.label if args.label or args.n else ",".join(map(str, classes)), n)
+    labels = even_labels(sampler, args.label, n, None if args.n else classes)
     out = args.out or (None if args.npz or args.png_dir else "samples.png")
     # In the .npz the classes are shuffled: the Inception Score is taken over consecutive parts.
     position = np.random.default_rng(args.seed).permutation(n) if args.npz else np.arange(n)
@@ -314,7 +315,8 @@ def generate(args):
             daes.write(args.npz, lambda file: np.savez(file, **arrays))
         if out:
             save_samples(sampler, out, [np.array(array[at]) for at in position[:args.grid]], labels)
-    print(f"{n} samples of {shape[1]}x{shape[2]} pixels:", *filter(None, (args.npz, out, args.png_dir)))
+    say(f"{n} samples of {shape[1]}x{shape[2]} pixels: "
+        + " ".join(filter(None, (args.npz, out, args.png_dir))))
 
 def draw_all(sampler, args, n, labels, weights):
     """(Numbers, uint8 images) of every batch of samples 0 .. n - 1; under torchrun, of a share."""
@@ -376,7 +378,7 @@ def reconstruct(args):
     if sampler.space == "pixels":
         del rows["autoencoder"]
     save_grid(args.out, list(rows.values()), row_names=list(rows))
-    print(f"{args.out}: {len(originals)} images, PSNR of + LVAE {psnr(originals, rows['+ LVAE']):.2f} dB")
+    say(f"{args.out}: {len(originals)} images, PSNR of + LVAE {psnr(originals, rows['+ LVAE']):.2f} dB")
 
 def interpolate(args):
     """Figure 5: a path from one image to another through whitened noise. The ends are their reconstructions.
@@ -395,8 +397,8 @@ def interpolate(args):
         images.extend(sampler.images(mixed, embedded))
     names = ["A", *(f"{float(t):.2f}" for t in steps), "B"]
     save_grid(args.out, [[originals[0], *images, originals[1]]], column_names=names)
-    print(f"{args.out}: A, {args.steps} steps, B; PSNR of the ends {psnr(originals[0], images[0]):.2f} and "
-          f"{psnr(originals[1], images[-1]):.2f} dB")
+    say(f"{args.out}: A, {args.steps} steps, B; PSNR of the ends {psnr(originals[0], images[0]):.2f} and "
+        f"{psnr(originals[1], images[-1]):.2f} dB")
 
 def channel_kl(out):
     """Mean KL of every latent group's channels in an Output: (L, z) nats, summed over positions."""
@@ -431,8 +433,8 @@ def manifold(args):
     marks = [f"{float(value):.2f}" for value in values]
     title = f"across: group 1, channel {across};  down: group 2, channel {down}"
     save_grid(args.out, rows, row_names=marks, column_names=marks)
-    print(f"{args.out}: {title}; they hold {share[0]:.0%} and {share[1]:.0%} of their groups' KL over "
-          f"{'prior samples' if args.data is None else 'data'}")
+    say(f"{args.out}: {title}; they hold {share[0]:.0%} and {share[1]:.0%} of their groups' KL over "
+        f"{'prior samples' if args.data is None else 'data'}")
 
 def outpaint(args):
     """Figure 6: the latents of every level from 4x4 up are widened with fresh noise."""
@@ -465,9 +467,9 @@ def outpaint(args):
     save_grid(args.out, [[originals[0], back, *images]], column_names=names)
     top, left = int(below * sampler.size), int(right * sampler.size)
     kept = [image[top:top + sampler.size, left:left + sampler.size] for image in images]
-    print(f"{args.out}: {wide * sampler.size}x{tall * sampler.size} pixels. The original region: PSNR "
-          f"{psnr(kept, [back] * args.n):.2f} dB to the reconstruction, "
-          f"{psnr(kept, [originals[0]] * args.n):.2f} dB to the image")
+    say(f"{args.out}: {wide * sampler.size}x{tall * sampler.size} pixels. The original region: PSNR "
+        f"{psnr(kept, [back] * args.n):.2f} dB to the reconstruction, "
+        f"{psnr(kept, [originals[0]] * args.n):.2f} dB to the image")
 
 # ---------------------------------------------------------------- the rate of every group
 def rates(args):
@@ -670,14 +672,14 @@ def evaluate(args):
         row |= {name: f"{value:.4f}" for name, value in compared(found, reference, network.device).items()}
         if i == 0:
             side = f"images of {found['side']}x{found['side']}, " if "side" in found else ""
-            print(f"{args.source}: {side}{len(found['mu'])} features")
+            say(f"{args.source}: {side}{len(found['mu'])} features")
             print("  ".join(f"{name:>12}" for name in row))
         print("  ".join(f"{text:>12}" for text in row.values()), flush=True)
     if reference and "precision" not in row:
         print("no precision and recall: they need features of more than 3 images on both sides")
     if args.export:
         daes.write(args.export, lambda file: np.savez(file, **found))
-        print(f"{args.export}: the statistics of {args.source}")
+        say(f"{args.export}: the statistics of {args.source}")
 
 def neighbors(args):
     """Figure 8: samples, and the training images nearest to them in latent space, or in features."""
@@ -702,9 +704,9 @@ def neighbors(args):
     save_grid(args.out, rows, column_names=["sample", *(f"{i + 1}." for i in range(index.shape[1]))],
               row_names=None if labels is None else [sampler.name(c) for c in labels])
     where = f"the features of {args.features}" if network else encoder.space
-    print(f"{args.out}: {args.n} samples, {index.shape[1]} nearest of {len(images.names)} images, in {where}")
+    say(f"{args.out}: {args.n} samples, {index.shape[1]} nearest of {len(images.names)} images, in {where}")
     for number, (distances, row) in enumerate(zip(nearest, index)):
-        print(f"  {number}: " + ", ".join(f"{images.names[i]} ({d:.2f})" for d, i in zip(distances, row)))
+        say(f"  {number}: " + ", ".join(f"{images.names[i]} ({d:.2f})" for d, i in zip(distances, row)))
 
 # ---------------------------------------------------------------- speed (Table 4)
 def bench(args):
@@ -732,8 +734,8 @@ def bench(args):
         flops = {name: count_flops(lambda: stage(1)) for name, stage in stages.items()}
         set_up(sampler, args, many=True)                       # what is compiled cannot be counted
         peak = matmul_rate(device, sampler.dtype)
-        print(f"{args.source}: {sampler.size}x{sampler.size} images, {'' if guided else 'not '}guided, batch "
-              f"{args.batch}; peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
+        say(f"{args.source}: {sampler.size}x{sampler.size} images, {'' if guided else 'not '}guided, batch "
+            f"{args.batch}; peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
         print("stage     GFLOP per image   s per 1000 images    TFLOP/s   share of peak")
         for name, stage in stages.items():
             cost = np.array([flops[name], seconds_per_call(stage, device, args.seconds) / args.batch])
