@@ -89,7 +89,7 @@ PRESETS = {
     "vq-f8": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=16384),
     "vq-f8-n256": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=256),
     "vq-f16": Config(z_channels=8, mult=(1, 1, 2, 2, 4), attention=(4,), codebook=16384),
-    "small-f4": Config(width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2400,
+    "small-f4": Config(width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2200,
                        edge_weight=0.5, adversarial_weight=0.0),
 }
 
