@@ -435,7 +435,22 @@ SOURCES = {"church": "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip,
            "bedroom": "http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip, unpacked",
            "imagenet": "the training folder of synset folders, https://image-net.org/download.php"}
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # start no program
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28    # no picture is lost for its text
+
+class PngStream(PngImagePlugin.PngStream):
+    """Pillow's reader of a PNG's chunks, which passes over bad or too large ones that are no pixels."""
+    def call(self, cid, pos, length):
+        try:
+            return super().call(cid, pos, length)
+        except (ValueError, SyntaxError):
+            if cid[:1].isupper():
+                raise
+            self.fp.seek(pos)
+            return self.fp.read(length)
+
+    def crc(self, cid, data):
+        (super().crc if cid[:1].isupper() else self.crc_skip)(cid, data)
+
+PngImagePlugin.PngStream = PngStream
 
 @dataclass
 class Images:
