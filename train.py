@@ -565,10 +565,9 @@ def to_rgb(image):
         values = np.asarray(image, np.float64)
         ordered = 0 <= values.min() <= values.max() <= 65535   # NaN is not
         require(ordered, "its numbers are not those of a picture")
-        top = 65535 if values.max() > 255 or image.mode != "F" and image.format != "TIFF" else 255
-        if image.mode.startswith("I;16"):
-            top = 65535
-        elif image.mode == "F" and values.max() <= 1:
+        bits = image.tag_v2[258] if image.format == "TIFF" else (16,)
+        top = 255 if values.max() <= 255 and (image.mode == "F" or bits == (32,)) else 65535
+        if image.mode == "F" and values.max() <= 1:
             top = 1
         image = Image.fromarray((values / top * 255).round().astype(np.uint8))
     if image.has_transparency_data:
