@@ -573,7 +573,7 @@ def npz_images(path, batch):
         file = archive.open("arr_0.npy")
         header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = header[np.lib.format.read_magic(file)[0]](file)
-        require(len(shape) == 4 and shape[3] == 3 and dtype == np.uint8, f"it is {dtype} {shape}")
+        require(shape[3:] == (3,) and shape[0] and dtype == np.uint8, f"it is {dtype} {shape}")
         whole = np.load(path)["arr_0"] if fortran else None    # not in pieces of images
         for start in tqdm(range(0, shape[0], batch), desc="images", unit="batch", disable=shape[0] <= batch):
             count = min(batch, shape[0] - start)
@@ -584,8 +584,12 @@ def npz_images(path, batch):
                 yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 def side_of(path):
-    """The side of the images of an .npz, or of a folder, where all have one (their short one). ValueError."""
+    """The side of the images of an .npz (None: it has none), or of a folder, where all have one (their short
+    one). ValueError."""
     if path.endswith(".npz"):
+        with reading(path, "an .npz"), np.load(path) as file:
+            if "arr_0" not in file.files:
+                return int(file["side"]) if "side" in file.files else None
         return next(npz_images(path, 1)).shape[1]
     if path == "toy":
         return 64
@@ -622,7 +626,7 @@ def statistics(path, network, args, size=None):
             if "arr_0" not in file.files:
                 return {"mu": file["mu"], "sigma": file["sigma"]} | given
         return measured(npz_images(path, args.batch), network) | given
-    images = open_images(path, args.image_size or size or side_of(path))
+    images = open_images(path, args.image_size or size)
     found = measured((some for _, some in batches(images, args.batch)), network)
     if "probabilities" in found:                               # a folder is sorted: shuffled for the splits
         found["probabilities"] = np.random.default_rng(0).permutation(found["probabilities"])
@@ -651,10 +655,10 @@ def evaluate(args):
     network, reference, settings = Network(args.features, setup(args.device)[0]), {}, [{}]
     made = args.source.endswith(".npz") or args.source == "toy" or os.path.isdir(args.source)
     if made:
-        size = None
-        if not args.source.endswith(".npz") or args.reference and not args.reference.endswith(".npz"):
-            size = args.image_size or side_of(args.source)
-        found = statistics(args.source, network, args, size)   # the reference's images get its side too
+        both, size = list(filter(None, (args.source, args.reference))), args.image_size
+        for npz in (True, False):                              # the side is an .npz's, or that of folders
+            size = size or next(filter(None, [side_of(p) for p in both if p.endswith(".npz") == npz]), None)
+        found = statistics(args.source, network, args, size)
     else:
         sampler = make_sampler(args)
         size, settings = sampler.out_size, guidance_settings(sampler, args)
@@ -814,7 +818,7 @@ def writable(*endings):
         folder = os.path.dirname(os.path.abspath(text))
         while not os.path.exists(folder):                      # it is made
             folder = os.path.dirname(folder)
-        hopeless = os.path.isdir(text) or not os.access(folder, os.W_OK | os.X_OK)
+        hopeless = os.path.isdir(text) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)
         if hopeless or not text.lower().endswith(endings):
             raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in {' or '.join(endings)}, "
                                              "in a folder that can be written to")
