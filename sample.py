@@ -290,6 +290,8 @@ def encoded(sampler, args, limit):
 # ---------------------------------------------------------------- generate
 def generate(args):
     """Draw samples: a grid to look at, an .npz for metrics, or a folder of PNGs."""
+    if args.png_dir:
+        os.makedirs(args.png_dir, exist_ok=True)               # refused before the work
     sampler = make_sampler(args)
     weights, = guidance_settings(sampler, args)
     classes = sampler.labels(args.label) if args.label else range(min(sampler.config.num_classes, 10))
