@@ -143,8 +143,10 @@ def train_both(run, model_options, dae_options):
     config = replace(config, **model_options)
     check(run, config, shape, classes)
     with claim(run.out):                                       # only now: what was asked for fits
+        if not npz and not ae:
+            ae = train_dae(run, stage, size, images, rows[0], lasting, device, dtype)
+        ae = ae and place(ae, device)                          # channels-last: only training is slower so
         if not npz:
-            ae = place(ae or train_dae(run, stage, size, images, rows[0], lasting, device, dtype), device)
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not resumed and (run.dae if run.init else not config.scale):
             config = measured(data, config)                    # a preset's are those of its own autoencoder
