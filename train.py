@@ -357,10 +357,13 @@ def read_latents(path, holdout):
     """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data. Raises ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            h, labels = file["latents"], file["labels"].astype(np.int64) if "labels" in file else None
+            h, labels = file["latents"], file["labels"] if "labels" in file else None
         fits = h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12
         require(fits, f"they are {h.dtype} {h.shape}")
-        require(labels is None or labels.shape == h.shape[:1] and labels.min() >= 0, "the labels are not")
+        if labels is not None:
+            fits = labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6
+            require(fits, "the labels are not")
+            labels = labels.astype(np.int64)
     except Exception as e:                                     # whatever a broken file provokes
         raise ValueError(f"{path}: expected an .npz with an array named latents, finite numbers (N, C, H, H) "
                          f"and perhaps labels, N integers from 0 up ({e})") from None
