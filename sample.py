@@ -61,7 +61,7 @@ class Sampler:
         place(self.dae, self.device, self.dtype).requires_grad_(False)
         self.compiled = False
         self.space = "pixels" if isinstance(self.dae, daes.Identity) else "the autoencoder's latents"
-        self.sides = lvae.resolutions(self.config)[::-1]       # of the levels, coarsest first
+        self.sides = self.model.sides                          # of the levels, coarsest first
         self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
         self.size = self.config.resolution * self.dae.config.f               # of the images, in pixels
         self.upsampler = Sampler(upsampler, device, precision) if upsampler else None
@@ -118,14 +118,15 @@ class Sampler:
             return lvae.normalise(self.dae.encode(to_tensor(images).to(self.device)), self.config)
 
     @torch.no_grad()
-    def infer(self, x, label, low_res=None, draw=False):
+    def infer(self, x, label, draw=False):
         """Latents x (B, C, h, w) -> the model's Output, of the posterior's means or of a draw from it."""
         with lvae.autocast(self.device, self.dtype):
-            return self.model(x, label, None if draw else self.means(len(x)), low_res)
+            return self.model(x, label, None if draw else self.means(len(x)))
 
     def posterior(self, x, label, low_res=None):
         """Latents x (B, C, h, w) -> the whitened noise of the posterior's means, a list of (B, z, h, w)."""
-        return [lvae.whiten(latent.z, latent.prior) for latent in self.infer(x, label, low_res).latents]
+        with lvae.autocast(self.device, self.dtype):
+            return self.model.encode(x, label, self.means(len(x)), low_res)
 
     def known(self):
         """Names and numbers of classes, in lower case or as they are -> the class. 'none' is no label."""
@@ -193,10 +194,9 @@ def set_up(sampler, args, many):
     if args.compile or args.compile is None and many and cuda:
         sampler.compile()
     if world()[0] == 0:
-        threads = f"{sampler.device}, {torch.get_num_threads()} threads"
-        kind = torch.cuda.get_device_name() if cuda else threads
-        print(f"{args.command}: on {kind}, convs in {str(sampler.dtype)[6:]}, "
-              f"{'' if sampler.compiled else 'not '}compiled", flush=True)
+        kind = torch.cuda.get_device_name() if cuda else sampler.device
+        print(f"{args.command}: on {kind}, {torch.get_num_threads()} threads, convs in "
+              f"{str(sampler.dtype)[6:]}, {'' if sampler.compiled else 'not '}compiled", flush=True)
 
 def guidance_settings(sampler, args):
     """What is asked for of guidance and temperature, as arguments of `generate`; for ImageNet the paper's."""
@@ -586,8 +586,7 @@ def npz_images(path, batch):
                 yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 def side_of(path):
-    """The side of the images of an .npz (None: it has none), or of a folder, where all have one (their short
-    one). ValueError."""
+    """The side of the images of an .npz (None: not known), or of a folder, if all have one. ValueError."""
     if path.endswith(".npz"):
         with reading(path, "an .npz"), np.load(path) as file:
             if "arr_0" not in file.files:
@@ -602,6 +601,12 @@ def side_of(path):
     extremes = f"from {min(sides)} to {max(sides)} pixels" if sides else "unknown"
     require(len(sides) == 1, f"{path}: the images' short sides are {extremes}: say the --image-size")
     return sides.pop()
+
+def common_side(paths):
+    """The side at which sets of images are compared: an .npz's, if one says it, else that of folders."""
+    known = [side for path in paths if path.endswith(".npz") and (side := side_of(path))]
+    known = known or [side_of(path) for path in paths if not path.endswith(".npz")]
+    return known[0] if known else None
 
 def measured(parts, network):
     """Batches of images -> what is known of them: features, their moments, class probabilities, and the mean
@@ -657,9 +662,7 @@ def evaluate(args):
     network, reference, settings = Network(args.features, setup(args.device)[0]), {}, [{}]
     made = args.source.endswith(".npz") or args.source == "toy" or os.path.isdir(args.source)
     if made:
-        both, size = list(filter(None, (args.source, args.reference))), args.image_size
-        for npz in (True, False):                              # the side is an .npz's, or that of folders
-            size = size or next(filter(None, [side_of(p) for p in both if p.endswith(".npz") == npz]), None)
+        size = args.image_size or common_side([path for path in (args.source, args.reference) if path])
         found = statistics(args.source, network, args, size)
     else:
         sampler = make_sampler(args)

@@ -201,9 +201,10 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
     progress = resume(start or {}, parts, run.init or path)
-    facts = {"config": asdict(config), "run": lasting, "classes": data.classes,
-             "dataset": start["dataset"] if run.init else run.dataset}
-    if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
+    dataset = start["dataset"] if run.init else run.dataset
+    facts = {"config": asdict(config), "run": lasting, "classes": data.classes, "dataset": dataset}
+    long = device.type == "cuda" and config.steps - progress["step"] >= 500
+    if run.compile == "yes" or run.compile == "auto" and long:
         model.compile(dynamic=False)
     say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
         f"{f'{config.num_classes} classes' if config.num_classes else 'unconditional'}")
@@ -226,8 +227,7 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
         batches = [batch((step - 1) * config.accumulate + micro) for micro in range(config.accumulate)]
         stats = lvae.train_step(model, ema, optimizer, batches, step, dtype, average)
         stats["kl_levels"] = torch.stack([kl.sum() for kl in stats.pop("kl").split(config.groups[::-1])])
-        for name in ("distortion", "rate"):
-            stats[f"{name}_bits"] = lvae.bits_per_dim(stats[name], config)
+        stats |= {f"{name}_bits": lvae.bits_per_dim(stats[name], config) for name in ("distortion", "rate")}
         return stats | {"images_per_s": config.batch * config.accumulate / (time.time() - started)}
 
     @only_first
@@ -240,7 +240,8 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
             log(run, "lvae", step, evaluate(ema, data, device, dtype))
         if ae is not None:
             save_pictures(run, ema, ae, data, step, device, dtype)
-    save()
+    if progress["step"] == 0:
+        save()
     loop(run, "lvae", progress, config.steps, update, save, look)
     say(f"done: {path}, {progress['skipped']} steps skipped. Samples: python sample.py generate {path}")
 
@@ -409,7 +410,8 @@ def encodings(ae, size, images, views, device, dtype):
         x = to_tensor([blank if image is None else image for image in part]).to(device)
         with lvae.autocast(device, dtype):
             h = torch.stack([ae.encode(view) for view in [x, x.flip(3)][:views]], dim=1).float().cpu().numpy()
-        h[[image is None for image in part]] = np.nan
+        bad = [image is None or not np.isfinite(row).all() for row, image in zip(h, part)]
+        h[bad] = np.nan
         bar.update(len(part))
         yield h
     bar.close()
