@@ -88,9 +88,9 @@ class Config:
         for name, value in vars(self).items():
             values = value if isinstance(value, tuple) else [value]
             need(name, all(isinstance(v, str) or known[name]["low"] <= v < math.inf for v in values))
-        powers = [2 ** k for k in range(16)]
-        need("resolution", self.resolution / 4 in powers)
-        need("upsample", not self.upsample or self.resolution / 4 / self.upsample in powers)
+        powers = [4 << k for k in range(16)]
+        need("resolution", self.resolution in powers)
+        need("upsample", not self.upsample or self.resolution / self.upsample in powers)
         need("attention", self.attention in ("sdpa", "released"))
         levels, (kind, *weights) = len(resolutions(self)), self.kl_schedule or [""]
         for name in PER_LEVEL:
@@ -112,8 +112,7 @@ def guidance_levels(config, weight):
     """The paper's mean guidance, coarsest first: `weight`, but 0 at 1x1, where it saturates colours."""
     return [0.0 if side == 1 else weight for side in reversed(resolutions(config))]
 
-# Table 5, but for bedroom-f4's multipliers: it prints ones, and (2,2,2,3,3,3) gives its 96.2M parameters. The
-# toys are ours: the system and the rivals of Table 1, for minutes on a laptop.
+# Table 5; bedroom-f4's multipliers, printed as ones, are those that give its 96.2M. The toys are ours.
 _PIXELS = dict(data_channels=3, first_stage="none", shift=127.5, scale=127.5)
 _BIG_PIXELS = dict(_PIXELS, resolution=256, width=64, encoder_width=64, sigma_q=0.05, spectral_weight=0.25,
                    batch=32, accumulate=4, lr=1e-4)
@@ -321,8 +320,7 @@ class Encoder(nn.Module):
             self.levels.append(layers)
 
     def forward(self, x, label):
-        x = self.in_proj(x)                                    # (B, c, H, W)
-        features = []                                          # of each level before it is pooled
+        x, features = self.in_proj(x), []                      # (B, c, H, W); of each level, not yet pooled
         for layers in self.levels:
             for layer in layers:
                 if isinstance(layer, Resample):
@@ -388,8 +386,7 @@ class LVAE(nn.Module):
         self.sides = sides[::-1]                               # coarsest first, as self.levels
         label_dim = widths[-1] if config.num_classes else 0
         scale = 1 / math.sqrt(sum(config.groups))
-        rows = config.num_classes + 1                          # the last is "no label"
-        self.embedding = nn.Embedding(rows, label_dim) if label_dim else None
+        self.embedding = nn.Embedding(config.num_classes + 1, label_dim) if label_dim else None   # + "none"
         self.encoder = Encoder(config)
         if config.upsample:
             self.low_res_proj = conv(config.data_channels, widths[-1])
@@ -533,8 +530,7 @@ def kl_weights(kl, shares):
     """KL scheduling (Luhman & Luhman, 2022): each group's weight, from its share of each sample's total KL.
     kl (L, B) nats; shares (L,) percent. With a = share x total: below a the weight falls to 0.1, so that the
     group may use more; between a and 2a it is 1; it rises to 2 at 3a. No gradient passes. Returns (L, B)."""
-    target = (shares.to(kl.device)[:, None] / 100 * kl.sum(0)).clamp_min(1e-20)   # (L, B)
-    share = kl / target
+    share = kl / (shares.to(kl.device)[:, None] / 100 * kl.sum(0)).clamp_min(1e-20)          # in units of a
     return torch.where(share < 1, share.clamp_min(0.1), 1 + (share - 2).clamp(0, 1))
 
 # Means over a batch, nats per sample; `loss` is minimised. rate: the sum of kl (L,); spectral: weighted.
@@ -612,7 +608,7 @@ _RELEASED = [("encoder.encoder_levels", "encoder.levels"), (".layer_list.", ".")
              (".outproj.", ".out."), ("outproj", "out_proj")]
 
 def from_released(state_dict):
-    """The authors' weights in their names -> a state_dict for LVAE(config with attention="released")."""
+    """The authors' weights, which lack the vectors u, -> a state_dict for attention="released"."""
     state = {}
     for name, value in state_dict.items():
         ours = name
@@ -620,6 +616,5 @@ def from_released(state_dict):
             ours = ours.replace(old, new)
         state[ours] = value
         if name.endswith((".dense2.conv.weight", ".conv2.conv.weight")):
-            w = value.float().flatten(1)                       # theirs has no vector u: it starts anew
-            state[ours.removesuffix("weight") + "u"] = F.normalize(w @ w.sum(0), dim=0)
+            state[ours.removesuffix("weight") + "u"] = F.normalize(torch.ones(len(value)), dim=0)
     return state

@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import at_least, cli, printable, require, to_tensor, to_uint8
-from train import (asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images, place,
-                   read_image, relabel, save_picture, say, setup, world)
+from dae import at_least, cli, require, to_tensor, to_uint8
+from train import (asked_to_stop, autoencoder_of, image_files, list_images, load_checkpoint, open_images,
+                   place, relabel, save_picture, say, setup, world)
 
 # ---------------------------------------------------------------- the model
 class Sampler:
@@ -234,27 +234,20 @@ def folder_of(path):
 def read_photos(sampler, paths, text=None, needed=1):
     """Image files and folders -> uint8 images, their latents (B, C, h, w), labels (B,) or None; no bad files.
     The label is what `text` names, or the image's folder if a class is called so, or the likeliest."""
-    images, labels, count = [], [], sampler.config.num_classes
     files = [[os.path.join(path, name) for name, *_ in list_images(path)] if os.path.isdir(path) else [path]
              for path in paths]
-    for path in itertools.chain(*files):
-        try:
-            images.append(read_image(path, sampler.size))
-        except Exception as e:                                 # whatever a broken file provokes in Pillow
-            print(printable(f"skipped {path}: {e}"), file=sys.stderr)
-            continue
-        known = text or (folder_of(path) if folder_of(path) in sampler.folders else None)
-        labels.append(sampler.label(known) if known and count else None)
-    require(len(images) >= needed, f"no usable image, or too few: {len(images)}, expected {needed} or more")
+    photos, count = image_files(list(itertools.chain(*files)), sampler.size), sampler.config.num_classes
+    good = [(name, image) for i, name in enumerate(photos.names) if (image := photos.read(i)) is not None]
+    require(len(good) >= needed, f"no usable image, or too few: {len(good)}, expected {needed} or more")
+    images, labels = [image for _, image in good], []
     x = torch.cat([sampler.latents(images[i:i + 4]) for i in range(0, len(images), 4)])
-    if not count:
-        return images, x, None
-    if count > 100 and None in labels:                         # too many to try each
-        print("no class known for some images, they get none: --label NAME says it", file=sys.stderr)
-    for i, label in enumerate(labels):
-        if label is None:
-            labels[i] = sampler.likeliest(x[i:i + 1]) if count <= 100 else count
-    return images, x, torch.tensor(labels, device=sampler.device)
+    for i, (name, _) in enumerate(good if count else ()):
+        known = text or (folder_of(name) if folder_of(name) in sampler.folders else None)
+        unknown = sampler.likeliest(x[i:i + 1]) if not known and count <= 100 else count
+        labels.append(sampler.label(known) if known else unknown)
+    if count in labels and not text:                           # of more than 100 it is too slow to try each
+        say("no class known for some images, they get none: --label NAME says it")
+    return images, x, torch.tensor(labels, device=sampler.device) if count else None
 
 def find_images(sampler, path):
     """The images of --data, or of the data that the model was trained on."""
@@ -288,6 +281,8 @@ def encoded(sampler, args, limit):
         yield sampler.latents(some), pick(sampler, labels, rows)
 
 # ---------------------------------------------------------------- generate
+GRID = 256  # images in a grid at most
+
 def generate(args):
     """Draw samples: a grid to look at, an .npz for metrics, or a folder of PNGs."""
     if args.png_dir:
@@ -300,7 +295,7 @@ def generate(args):
     out = args.out or (None if args.npz or args.png_dir else "samples.png")
     # In the .npz the classes are shuffled: the Inception Score is taken over consecutive parts.
     position = np.random.default_rng(args.seed).permutation(n) if args.npz else np.arange(n)
-    kept = n if args.npz else min(n, args.grid) if out else 1
+    kept = n if args.npz else min(n, GRID) if out else 1
     shape = (kept, sampler.out_size, sampler.out_size, 3)
     with shared_array(f"{args.npz or out or args.png_dir}.images.tmp", shape) as array:
         for numbers, images in draw_all(sampler, args, n, labels, weights):
@@ -316,7 +311,7 @@ def generate(args):
             arrays = {"arr_0": array} | ({} if labels is None else {"arr_1": labels[np.argsort(position)]})
             daes.write(args.npz, lambda file: np.savez(file, **arrays))
         if out:
-            save_samples(sampler, out, [np.array(array[at]) for at in position[:args.grid]], labels)
+            save_samples(sampler, out, [np.array(array[at]) for at in position[:GRID]], labels)
     say(f"{n} samples of {shape[1]}x{shape[2]} pixels: "
         + " ".join(filter(None, (args.npz, out, args.png_dir))))
 
@@ -425,7 +420,7 @@ def manifold(args):
     kl = sum(len(x) * channel_kl(sampler.infer(x, some, draw=True)) for x, some in parts)[:2]        # (2, z)
     (across, down), share = kl.argmax(1).tolist(), kl.amax(1) / kl.sum(1).clamp_min(1e-9)
     values = torch.linspace(-args.range, args.range, args.steps, device=sampler.device)
-    fixed, rows = sampler.noise(args.seed, [args.number]), []
+    fixed, rows = sampler.noise(args.seed, [0]), []
     for value in values:
         noise, row = [eps.repeat(args.steps, 1, 1, 1) for eps in fixed], []
         noise[0][:, across], noise[1][:, down] = values[:, None, None], value
@@ -469,9 +464,8 @@ def outpaint(args):
     save_grid(args.out, [[originals[0], back, *images]], column_names=names)
     top, left = int(below * sampler.size), int(right * sampler.size)
     kept = [image[top:top + sampler.size, left:left + sampler.size] for image in images]
-    say(f"{args.out}: {wide * sampler.size}x{tall * sampler.size} pixels. The original region: PSNR "
-        f"{psnr(kept, [back] * args.n):.2f} dB to the reconstruction, "
-        f"{psnr(kept, [originals[0]] * args.n):.2f} dB to the image")
+    say(f"{args.out}: {wide * sampler.size}x{tall * sampler.size} pixels; where the image was, PSNR "
+        f"{psnr(kept, [back] * args.n):.2f} dB to its reconstruction")
 
 # ---------------------------------------------------------------- the rate of every group
 def rates(args):
@@ -484,7 +478,7 @@ def rates(args):
         kl, count = kl + len(x) * channel_kl(out), count + len(x)             # (L, z)
         distortion += float(lvae.distortions(out, x, config).sum())
     kl, distortion, target = (kl / count).cpu().numpy(), distortion / count, lvae.kl_shares(config).numpy()
-    rate, active, sides = kl.sum(), kl > args.active, np.repeat(sampler.sides, config.groups[::-1])
+    rate, active, sides = kl.sum(), kl > 0.01, np.repeat(sampler.sides, config.groups[::-1])
     rows = [(group + 1, side, [group]) for group, side in enumerate(sides)]
     rows += [("level", side, sides == side) for side in sampler.sides]
     print("group  level    KL nats   % of rate   target %        active channels")
@@ -493,11 +487,10 @@ def rates(args):
         share = 100 * nats / max(rate, 1e-9)
         print(f"{name:>5}  {f'{side}x{side}':7} {nats:8.2f}  {share:9.1f}   {goal:5.1f} - {2 * goal:5.1f}   "
               f"{active[mine].sum():2} of {active[mine].size}")
-    bits = [lvae.bits_per_dim(nats, config) for nats in (rate + distortion, rate, distortion)]
-    print(f"rate {rate:.2f} + distortion {distortion:.2f} = negative ELBO {rate + distortion:.2f} nats per "
-          f"image, {bits[0]:.4f} bits per dimension of {sampler.space} ({bits[1]:.4f} + {bits[2]:.4f}); "
-          f"{count} images\n"
-          f"target: where the schedule's weight is 1; active: mean KL above {args.active} nats")
+    total = rate + distortion
+    print(f"rate {rate:.2f} + distortion {distortion:.2f} = negative ELBO {total:.2f} nats per image, "
+          f"{lvae.bits_per_dim(total, config):.4f} bits per dimension of {sampler.space}; {count} images\n"
+          "target: where the schedule's weight is 1; active: mean KL above 0.01 nats")
 
 # ---------------------------------------------------------------- metrics
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -577,7 +570,7 @@ def npz_images(path, batch):
         shape, fortran, dtype = header[np.lib.format.read_magic(file)[0]](file)
         require(shape[3:] == (3,) and shape[0] and dtype == np.uint8, f"it is {dtype} {shape}")
         whole = np.load(path)["arr_0"] if fortran else None    # not in pieces of images
-        for start in tqdm(range(0, shape[0], batch), desc="images", unit="batch", disable=shape[0] <= batch):
+        for start in range(0, shape[0], batch):
             count = min(batch, shape[0] - start)
             if fortran:
                 yield whole[start:start + count]
@@ -608,7 +601,7 @@ def common_side(paths):
     known = known or [side_of(path) for path in paths if not path.endswith(".npz")]
     return known[0] if known else None
 
-def measured(parts, network):
+def described(parts, network):
     """Batches of images -> what is known of them: features, their moments, class probabilities, and the mean
     saturation of their colours (HSV)."""
     features, probabilities, saturation, side = [], [], [], 0
@@ -632,9 +625,9 @@ def statistics(path, network, args, size=None):
             require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
             if "arr_0" not in file.files:
                 return {"mu": file["mu"], "sigma": file["sigma"]} | given
-        return measured(npz_images(path, args.batch), network) | given
+        return described(npz_images(path, args.batch), network) | given
     images = open_images(path, args.image_size or size)
-    found = measured((some for _, some in batches(images, args.batch)), network)
+    found = described((some for _, some in batches(images, args.batch)), network)
     if "probabilities" in found:                               # a folder is sorted: shuffled for the splits
         found["probabilities"] = np.random.default_rng(0).permutation(found["probabilities"])
     return found
@@ -652,12 +645,18 @@ def compared(found, reference, device):
         row["precision"], row["recall"] = precision_recall(*sets, device=device)
     return row | ({"saturation": float(found["saturation"])} if "saturation" in found else {})
 
+def rebuilt(sampler, args):
+    """Batches of what the autoencoder, alone or with the LVAE, makes of --data."""
+    for x, label in encoded(sampler, args, args.n):
+        alone = args.reconstruct == "autoencoder"
+        yield sampler.decode(x) if alone else sampler.images(sampler.posterior(x, label), label)
+
 def evaluate(args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
 
-    Of a checkpoint's samples (each combination of the guidance weights and temperatures given), an .npz or a
-    folder, against an .npz (a reference batch of that evaluator, or one exported here) or a folder.
-    Saturation is the mean of HSV's, for the colours that guidance at 1x1 saturates.
+    Of a checkpoint's samples (each combination of the guidance weights and temperatures given) or
+    reconstructions, an .npz or a folder, against an .npz (a reference batch of that evaluator, or one
+    exported here) or a folder. Saturation is the mean of HSV's: guidance at 1x1 saturates colours.
     """
     network, reference, settings = Network(args.features, setup(args.device)[0]), {}, [{}]
     made = args.source.endswith(".npz") or args.source == "toy" or os.path.isdir(args.source)
@@ -675,7 +674,8 @@ def evaluate(args):
         reference = statistics(args.reference, network, args, size)
     for i, setting in enumerate(settings):
         if not made:
-            found = measured((some for _, some in draw_all(sampler, args, args.n, labels, setting)), network)
+            drawn = (some for _, some in draw_all(sampler, args, args.n, labels, setting))
+            found = described(rebuilt(sampler, args) if args.reconstruct else drawn, network)
         texts = [":".join(f"{w:g}" for w in np.atleast_1d(weights)) for weights in setting.values()]
         row = dict(zip(("w_mu", "w_sigma", "temperature"), texts))
         row |= {name: f"{value:.4f}" for name, value in compared(found, reference, network.device).items()}
@@ -684,8 +684,6 @@ def evaluate(args):
             say(f"{args.source}: {side}{len(found['mu'])} features")
             print("  ".join(f"{name:>12}" for name in row))
         print("  ".join(f"{text:>12}" for text in row.values()), flush=True)
-    if reference and "precision" not in row:
-        print("no precision and recall: they need features of more than 3 images on both sides")
     if args.export:
         daes.write(args.export, lambda file: np.savez(file, **found))
         say(f"{args.export}: the statistics of {args.source}")
@@ -868,7 +866,6 @@ COMMANDS = {
     generate: GUIDED + [
         ("--n --samples", positive, None, "how many (8 per class, or 16); under torchrun: --samples"),
         ("--out", picture, None, "the grid, .png, .jpg or .webp (samples.png)"),
-        ("--grid", positive, 256, "images in the grid at most"),
         ("--npz", table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
         ("--png-dir", str, None, "a folder for a PNG per sample")],
     reconstruct: [
@@ -882,7 +879,6 @@ COMMANDS = {
     manifold: [
         ("--out", picture, "manifold.png", "the picture"), ("--label", str, None, "the class (0)"),
         ("--steps", positive, 7, "images per axis"), ("--range", amount, 2.25, "where the axes end"),
-        ("--number", whole, 0, "which sample of the seed the fixed noise is"),
         ("--data", str, None, "find the channels on this folder's images, or 'toy' (on samples)")],
     outpaint: [
         ("image", str, None, "an image file"), LABEL, ("--out", picture, "outpainted.png", "the picture"),
@@ -890,12 +886,11 @@ COMMANDS = {
         ("--n", positive, 1, "how many versions"),
         ("--width", positive, None, "width in images (2, or 1 if it grows down or up)"),
         ("--height", positive, None, "height in images (1, or 2 if it grows down or up)")],
-    rates: [
-        DATA, ("--n", positive, 1000, "images, evenly spaced"),
-        ("--active", amount, 0.01, "nats of mean KL above which a channel is active")],
+    rates: [DATA, ("--n", positive, 1000, "images, evenly spaced")],
     evaluate: SAMPLED + [
         FEATURES, ("--reference", str, None, ".npz (mu and sigma, or arr_0, or both) or folder of images"),
-        ("--n", positive, 10_000, "samples of a checkpoint; the paper's figures are of 50000"),
+        ("--n", positive, 10_000, "samples of a checkpoint; the paper's figures are of 50000"), DATA,
+        ("--reconstruct", ("autoencoder", "lvae"), None, "not samples, but what it makes of --data"),
         ("--mean-guidance", settings, None, "w_mu, one or several; a:b:c per level, coarsest first"),
         ("--variance-guidance", settings, None, "w_sigma, likewise"),
         ("--temperature", several(amount), [1.0], "one or several (1)"),
@@ -908,18 +903,17 @@ COMMANDS = {
         ("--guided", bool, None, "with guidance (if the model can)"),
         ("--seconds", amount, 5.0, "to time each stage for"),
         ("--train", positive, None, "also time a training step of so many images: it takes more memory")]}
-SOURCES = {evaluate: "checkpoint, .npz with arr_0, or folder of images",
-           bench: f"checkpoint, or a preset with random weights: {', '.join(lvae.PRESETS)}"}
+INPUTS = {evaluate: "checkpoint, .npz with arr_0, or folder of images",
+          bench: f"checkpoint, or a preset with random weights: {', '.join(lvae.PRESETS)}"}
 
 def main(argv=None):
     """The command line."""
     parser = daes.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, options in COMMANDS.items():
-        first_line = function.__doc__.splitlines()[0]
-        own = commands.add_parser(function.__name__, help=first_line, description=function.__doc__)
-        source = SOURCES.get(function, "checkpoint, or church, bedroom, imagenet: the paper's")
-        own.add_argument("source", help=source)
+        text = function.__doc__
+        own = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
+        own.add_argument("source", help=INPUTS.get(function, "checkpoint, or church, bedroom, imagenet"))
         for name, kind, default, text in options + COMMON:
             more = {"default": default}
             if kind is bool:

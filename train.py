@@ -149,7 +149,7 @@ def train_both(run, model_options, dae_options):
         if not npz:
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not resumed and (run.dae if run.init else not config.scale):
-            config = measured(data, config)                    # a preset's are those of its own autoencoder
+            config = with_statistics(data, config)             # a preset's are those of its own autoencoder
         if resumed:
             compare(known, {"classes": data.classes}, path)
         elif known:
@@ -237,7 +237,7 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
     @only_first
     def look(step):
         if len(data.held):
-            log(run, "lvae", step, evaluate(ema, data, device, dtype))
+            log(run, "lvae", step, held_out(ema, data, device, dtype))
         if ae is not None:
             save_pictures(run, ema, ae, data, step, device, dtype)
     if progress["step"] == 0:
@@ -246,7 +246,7 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
     say(f"done: {path}, {progress['skipped']} steps skipped. Samples: python sample.py generate {path}")
 
 @torch.no_grad()
-def evaluate(model, data, device, dtype):
+def held_out(model, data, device, dtype):
     """Held-out distortion and rate, nats per sample, and negative ELBO, bits per dimension. Repeatable."""
     seed_step(0, 0)
     total = np.zeros(2)
@@ -416,7 +416,7 @@ def encodings(ae, size, images, views, device, dtype):
         yield h
     bar.close()
 
-def measured(data, config):
+def with_statistics(data, config):
     """The config with shift and scale such that up to 10,000 of the latents have mean 0 and variance 1."""
     h = data.h[data.train[::max(1, len(data.train) // 10_000)], 0].astype(np.float32)
     require(len(h) and h.std() > 0, "nothing to learn from: no image to train on, or all are the same")
@@ -497,16 +497,19 @@ def open_images(path, size, out=None):
         return lmdb_images(path, size)
     files = list_images(path, out)
     require(files, f"{path}: no image found in it (expected .jpg, .png, ... at any depth)")
-    names = [os.path.join(path, name) for name, *_ in files]
+    images = image_files([os.path.join(path, name) for name, *_ in files], size, files)
     parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
     classes = sorted(set(parents))
     if "" in classes and len(classes) > 2:
         say(f"{path}: {parents.count('')} images lie outside the sub-folders: these are not classes")
-    if "" in classes or len(classes) < 2:                      # all lie in sub-folders, and there are several
-        classes = []
-    numbers = {name: i for i, name in enumerate(classes)}
-    labels = np.array([numbers.get(parent, 0) for parent in parents])
-    return Images(names, labels, classes, lambda i: read_image(names[i], size), files)
+    if "" not in classes and len(classes) > 1:                 # all lie in sub-folders, and there are several
+        numbers = {name: i for i, name in enumerate(classes)}
+        images.classes, images.labels = classes, np.array([numbers[parent] for parent in parents])
+    return images
+
+def image_files(names, size, listing=None):
+    """Files of images, without classes."""
+    return Images(names, np.zeros(len(names), int), [], lambda i: read_image(names[i], size), listing)
 
 def list_images(path, out=None):
     """(Name, bytes, time) of every image below a folder, sorted. A folder is walked once, whatever links lead
@@ -570,8 +573,7 @@ def to_rgb(image):
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
-        ordered = 0 <= values.min() <= values.max() <= 65535   # NaN is not
-        require(ordered, "its numbers are not those of a picture")
+        require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")  # NaN
         bits = image.tag_v2[258] if image.format == "TIFF" else (16,)
         top = 255 if values.max() <= 255 and (image.mode == "F" or bits == (32,)) else 65535
         if image.mode == "F" and values.max() <= 1:
@@ -818,15 +820,14 @@ def parse(argv):
     images_only = run.flip or run.val or run.image_size or run.dae in ("train", "none")
     source = SOURCES.get(run.dataset.split("-")[0], "a folder of its images")
     npz, own = run.data.endswith(".npz"), run.data and os.path.realpath(run.data) == os.path.realpath(run.out)
-    trained = (run.dae or lvae.PRESETS[run.dataset].first_stage) == "train" and not npz
-    trained = trained and (run.dae or not run.init)
-    simple = run.compile != "yes" and not given["lvae"].get("recompute")
+    stage = run.dae or ("that of --init" if run.init else lvae.PRESETS[run.dataset].first_stage)
     require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: {source}")
     require(not own, "--out may not be --data")
-    require(trained or not given["dae"], "--dae-... options are for --dae train")
+    require(stage == "train" and not npz or not given["dae"], "--dae-... options are for --dae train")
     require(not npz or not images_only,
             "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents")
-    require(run.device != "xla" or simple, "--compile and --recompute are not for XLA devices")
+    require(run.device != "xla" or run.compile != "yes" and not given["lvae"].get("recompute"),
+            "--compile and --recompute are not for XLA devices")
     return run, given["lvae"], given["dae"]
 
 def main(argv=None):
@@ -868,11 +869,11 @@ class Brush:
     def __init__(self, canvas, x, y, unit):
         self.draw, self.x, self.y, self.unit = ImageDraw.Draw(canvas), x, y, unit
 
-    def place(self, points):
+    def pixels(self, points):
         return [(self.x + self.unit * x, self.y - self.unit * y) for x, y in points]
 
     def ellipse(self, colour, x, y, width, height, start=0):  # start=180: its upper half
-        box = self.place([(x - width / 2, y + height / 2), (x + width / 2, y - height / 2)])
+        box = self.pixels([(x - width / 2, y + height / 2), (x + width / 2, y - height / 2)])
         self.draw.pieslice(box, start, 360, fill=colour)
 
     def solid(self, paint, x, y, width, height, top=1, lit=0.62):
@@ -886,7 +887,7 @@ class Brush:
             self.ellipse(paint[0], x, y + height, width, width, 180)
         for colour, left, right in zip(paint, (-0.5, lit - 0.5), (lit - 0.5, 0.5)):
             corners = (left, 0), (right, 0), (right * top, height), (left * top, height)
-            self.draw.polygon(self.place([(x + width * dx, y + dy) for dx, dy in corners]), fill=colour)
+            self.draw.polygon(self.pixels([(x + width * dx, y + dy) for dx, dy in corners]), fill=colour)
 
 def landmark(name, rng, wall, roof, gap):
     """The solids of a landmark one unit high, from back to front: paint, x, y, width, height, top, lit."""
@@ -962,7 +963,7 @@ def toy(index, size=64):
     for hill, rise in (far, 1.22), (near, 0.9):  # the far hills are higher, and paler in the haze
         height, swell, phase, pace = rng.uniform((0.04, 0.02, 0, 3), (0.1, 0.05, 6.3, 8))
         ridge = horizon + rise * (height + swell * np.sin(phase + pace * across))
-        brush.draw.polygon(brush.place([(0, horizon), *zip(across, ridge), (1, horizon)]), fill=hill)
+        brush.draw.polygon(brush.pixels([(0, horizon), *zip(across, ridge), (1, horizon)]), fill=hill)
     front.ellipse(shadow, 0.12, 0, breadth, 0.12)  # on the ground
     gap = (255, 214, 110) if sum(light) < 2.7 and rng.random() < 0.7 else dark  # lamps, unless by day
     for solid in landmark(name, rng, paints[:2], paints[2:], (gap, gap)):
@@ -971,7 +972,7 @@ def toy(index, size=64):
         sail = np.array((-0.03j, 0.08 - 0.06j, 0.43 - 0.08j, 0.43 + 0.11j, 0.08 + 0.09j, 0.03j))
         for quarter in rng.uniform(0.15, 0.85) + np.arange(4):
             turned = 0.58j + sail * np.exp(0.5j * np.pi * quarter)  # a complex factor turns
-            front.draw.polygon(front.place(zip(turned.real, turned.imag)), fill=paints[2])
+            front.draw.polygon(front.pixels(zip(turned.real, turned.imag)), fill=paints[2])
     picture = np.array(canvas.reduce(OVERSAMPLE))  # half are mirrored: lit from the right
     return picture[:, ::-1].copy() if rng.random() < 0.5 else picture, TOY_CLASSES.index(name)
 
