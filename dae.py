@@ -13,7 +13,6 @@ h is raw, without a factor such as 0.18215: the posterior's mean (KL), or what `
 Shapes: B batch, H W image size, C latent channels, f downsampling factor.
 """
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -58,14 +58,10 @@ class Config:
     adversarial_start: int = knob(50_001, "step at which the adversarial term starts")
 
     def __post_init__(self):
-        for name in ("mult", "attention"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists come back from files
-        positive = min(self.z_channels, self.blocks, self.batch, self.lr, *self.widths) > 0 <= self.codebook
+        positive = min(self.z_channels, self.blocks, self.batch, self.lr, *self.widths) > 0
         bounded = 0 < len(self.mult) <= 12 and self.blocks <= 16
-        known = set(self.attention) <= set(range(len(self.mult)))
-        if not positive or not bounded or not known or any(c % 32 for c in (self.width, *self.widths)):
-            raise ValueError("an autoencoder has positive sizes, widths that are multiples of 32, not "
-                             f"{self.widths}, and attention at its levels, not at {self.attention}")
+        if not (positive and bounded and set(self.attention) <= set(range(len(self.mult)))):
+            raise ValueError("expected sizes > 0, 1 to 12 levels, <= 16 blocks, attention at existing levels")
 
     @property
     def widths(self):
@@ -106,10 +102,8 @@ def named(**layers):
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = norm(c_in)
-        self.conv1 = conv(c_in, c_out)
-        self.norm2 = norm(c_out)
-        self.conv2 = conv(c_out, c_out)
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
+        self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         for value in self.conv2.parameters():                  # starts as the shortcut: trains much faster
             nn.init.zeros_(value)
@@ -166,7 +160,6 @@ def encoder(config, c_out):
 
 class Up(nn.Sequential):
     """Levels are counted finest first, as in the official files, and run coarsest first."""
-
     def forward(self, h):
         for level in reversed(self):
             h = level(h)
@@ -180,16 +173,11 @@ def decoder(config):
                          for i, c in enumerate(config.widths)]),
                  norm_out=norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
 
-class Codebook(nn.Module):
-    def __init__(self, entries, channels):
-        super().__init__()
-        self.embedding = nn.Embedding(entries, channels)
-
-    def forward(self, h):
-        """h (B, C, H, W) -> each position's nearest entry (L2), same shape."""
-        rows, table = h.movedim(1, 3).float(), self.embedding.weight.float()  # (B, H, W, C), (entries, C)
-        nearest = [torch.cdist(part, table).argmin(1) for part in rows.flatten(0, 2).split(4096)]
-        return table[torch.cat(nearest)].view(rows.shape).movedim(3, 1).to(h.dtype)
+def quantised(h, codebook):
+    """h (B, C, H, W) -> each position's nearest entry (L2) of a codebook (entries, C), same shape."""
+    rows, table = h.movedim(1, 3).float(), codebook.float()  # (B, H, W, C), (entries, C)
+    nearest = [torch.cdist(part, table).argmin(1) for part in rows.flatten(0, 2).split(4096)]
+    return table[torch.cat(nearest)].view(rows.shape).movedim(3, 1).to(h.dtype)
 
 class Autoencoder(nn.Module):
     """KL or VQ autoencoder of a Config; state_dict names are those of the official latent-diffusion files."""
@@ -201,7 +189,7 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(moments, moments, 1) if config.quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(c, c, 1) if config.post_quant_conv else nn.Identity()
         if config.codebook:
-            self.quantize = Codebook(config.codebook, c)
+            self.quantize = named(embedding=nn.Embedding(config.codebook, c))
 
     def moments(self, x):
         """x as in `encode` -> mean and log-variance of the posterior (KL), features and None (VQ)."""
@@ -221,7 +209,7 @@ class Autoencoder(nn.Module):
     def decode(self, h):
         """Raw latent h (B, C, H/f, W/f) -> image (B, 3, H, W), about [-1, 1], not clipped."""
         if self.config.codebook:
-            h = self.quantize(h)
+            h = quantised(h, self.quantize.embedding.weight)
         return self.decoder(self.post_quant_conv(h)).float()
 
 class Identity(nn.Module):
@@ -293,12 +281,9 @@ def make_optimizers(parts, config):
     return {name: torch.optim.Adam(part.parameters(), config.lr, betas=betas, fused=True)
             for name, part in parts.items()}
 
-def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
-               context=contextlib.nullcontext()):
-    """One update of the parts of make_optimizers -> named statistics. context: autocast.
-
-    A step whose gradient is not finite leaves everything as it was.
-    """
+def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None, context=nullcontext()):
+    """One update of the parts of make_optimizers, in a context (autocast) -> named statistics. A step whose
+    gradient is not finite leaves everything as it was."""
     config = parts["dae"].config
     buffers = [buffer for part in parts.values() for buffer in part.buffers()]
     before = [buffer.clone() for buffer in buffers]  # batch norm's statistics
@@ -349,7 +334,6 @@ def require(condition, problem):
 
 class Inert:
     """What a file makes of a class or function that torch does not know. It holds nothing."""
-
     def __new__(cls, *ignored):
         return super().__new__(cls)
 
@@ -360,13 +344,10 @@ class InertDict:
     def __new__(cls, *ignored):
         return OrderedDict()  # torch puts items into real dicts only
 
-LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number: torch's files before 1.6
-LIMIT = 1 << 22                               # bytes of a pickle; real ones: below half
-UNWANTED = re.compile("bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)")
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files before 1.6 begin
+UNWANTED = "bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # names in a pickle
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-               "BOOL": torch.bool, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
-               "F8_E5M2": torch.float8_e5m2}
+               "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 def check_pickle(data):
     """Refuse a pickle that would crash torch's reader or keep it busy, by the sizes of what it builds."""
@@ -390,71 +371,64 @@ def check_pickle(data):
             work += size                      # grows with nesting and with repeated use
             stack[start:] = [made] * len(operation.stack_after)
         slow_to_hash = type(value) is int and abs(value) >> 61
-        unwanted = name == "GLOBAL" and UNWANTED.search(value)
-        require(max(position, work // 4) <= LIMIT and not slow_to_hash and not unwanted,
+        unwanted = name == "GLOBAL" and re.search(UNWANTED, value)
+        short = max(position, work // 4) <= 1 << 22  # bytes; real pickles stay below half of it
+        require(short and not slow_to_hash and not unwanted,
                 "a hostile file, or one of sparse, quantised or missing tensors")
 
 def load_zip(path):
     """torch.save's format since 1.6; what it names and torch does not know becomes Inert."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
-        require(pickles, "a zip without weights: it holds no .ckpt")
         total = sum(entry.file_size for entry in entries)
         require(total <= os.path.getsize(path) and not any(entry.compress_type for entry in entries),
-                "its parts are compressed or overlap, which torch does not write")
-        for entry in pickles:
-            check_pickle(archive.read(entry))
+                "no .ckpt in it; or its parts are compressed or overlap, which torch does not write")
+        for entry in entries:
+            if entry.filename.lower().endswith("data.pkl"):
+                check_pickle(archive.read(entry))
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     inert = [(InertDict if name.lower().endswith("dict") else Inert, name) for name in names]
     with torch.serialization.safe_globals(inert):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 def load_safetensors(path):
-    """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors, without gaps."""
-    size, tensors = os.path.getsize(path), {}
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")  # where the tensors begin
-        header = json.loads(file.read(min(start - 8, 100_000_000)))
+    """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors; floats only."""
+    mapped, tensors = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8), {}
+    start = 8 + int.from_bytes(mapped[:8].numpy(), "little")  # where the tensors begin
+    header = json.loads(mapped[8:min(start, 100_000_000)].numpy().tobytes())
     header.pop("__metadata__", None)
-    spans = sorted(entry["data_offsets"] for entry in header.values())
-    ends = [0] + [end for _, end in spans]
-    require([begin for begin, _ in spans] == ends[:-1] and start + ends[-1] == size,
-            f"truncated or damaged: its tensors do not fill the {size} bytes of the file")
-    mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
+    require(start + sum(lengths) == len(mapped), "truncated or damaged: its tensors do not fill it")
     for name, entry in header.items():
-        dtype, (begin, end) = SAFETENSORS[entry["dtype"]], entry["data_offsets"]
-        data = mapped[start + begin:start + end]
-        aligned = data if data.data_ptr() % dtype.itemsize == 0 else data.clone()
-        tensors[name] = aligned.view(dtype).view(entry["shape"])
+        if dtype := SAFETENSORS.get(entry["dtype"]):
+            begin, end = entry["data_offsets"]
+            data = mapped[start + begin:start + end]
+            aligned = data.clone() if data.data_ptr() % dtype.itemsize else data
+            tensors[name] = aligned.view(dtype).view(entry["shape"])
     return tensors
 
 def unpack(path, folder):
     """The .ckpt of latent diffusion's zip, extracted into a folder; any other file is its own."""
-    if os.path.isfile(path) and zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                name = os.path.basename(entry.filename)
-                if name.endswith(".ckpt") and not name.startswith("._"):
+                if entry.filename.endswith(".ckpt"):
                     require(entry.file_size <= max(1 << 30, 4 * entry.compress_size), "its .ckpt is a bomb")
-                    entry.filename = "model.ckpt"
                     return archive.extract(entry, folder)
     return path
 
 def contents(path):
     """What `read` returns; raises whatever a broken or hostile file provokes."""
-    require(os.path.isfile(path) or not os.path.exists(path), "a folder or a device")  # a pipe would wait
     with open(path, "rb") as file:
-        head = file.read(64)
-        if LEGACY in head:
-            file.seek(head.index(LEGACY) + len(LEGACY))
+        head = file.read(len(LEGACY))
+        if head == LEGACY:
             for _ in range(4):  # version, machine, content, keys
                 check_pickle(file)
             content = torch.load(path, map_location="cpu", weights_only=True)
         elif head.startswith(b"PK\x03\x04"):
             content = load_zip(path)
         else:
-            require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head[:40]!r}")
+            require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
             content = load_safetensors(path)
     stack, seen, total = [content], 0, 0
     while stack:
@@ -471,11 +445,12 @@ def contents(path):
 def read(path):
     """What a file of weights holds (.safetensors, any torch.save's, or one in a zip), as plain containers and
     CPU tensors, views of the mapped file: copy what is to be kept. Raises LoadError."""
-    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     try:
+        require(os.path.isfile(path) or not os.path.exists(path), "a folder or a device")  # a pipe would wait
+        temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         with temporary as folder, warnings.catch_warnings(action="ignore"):
             file = unpack(path, folder)
-            if file.encode(errors="ignore").decode() != file:  # bytes that are no text: torch wants text
+            if not file.isprintable():  # bytes that are no text, perhaps: torch wants text
                 file = os.path.join(folder, "link")
                 os.symlink(os.path.abspath(path), file)
             return contents(file)
@@ -494,32 +469,23 @@ DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_blo
              (".norm_out.", ".conv_norm_out."), (".norm.", ".group_norm."), (".q.", ".to_q."),
              (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0.")]
 OLD_DIFFUSERS = [(".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
-LINEAR = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")  # in diffusers, 1x1 convolutions in ours
-FIRST = "encoder.conv_in.weight"  # every autoencoder has it, in both namings
+FIRST = "encoder.conv_in.weight"                    # every autoencoder has it, in both namings
+LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # a level of the decoder, in both
 
 def translate(state, pairs):
     """A state_dict in other names, and with the decoder's levels counted from the other end."""
-    levels = [int(name.split(".")[2]) for name in state if name.startswith("decoder.up")]
-    result = {}
+    levels, result = [int(found[2]) for found in map(LEVEL.match, state) if found], {}
     for name, value in state.items():
         for old, new in pairs:
             name = name.replace(old, new)
-        if name.startswith("decoder.up"):
-            part, up, level, rest = name.split(".", 3)
-            name = f"{part}.{up}.{max(levels) - int(level)}.{rest}"
-        result[name] = value
+        result[LEVEL.sub(lambda found: f"{found[1]}{max(levels) - int(found[2])}", name)] = value
     return result
-
-def from_diffusers(state):
-    """A state_dict in diffusers' names, new or old, -> latent diffusion's."""
-    state = translate(state, [(new, old) for old, new in DIFFUSERS + OLD_DIFFUSERS])
-    return {name: value[:, :, None, None] if name.endswith(LINEAR) and value.ndim == 2 else value
-            for name, value in state.items()}
 
 def to_diffusers(state):
     """A state_dict in latent diffusion's names -> diffusers' (AutoencoderKL, VQModel)."""
-    state = {name: value.flatten(1) if name.endswith(LINEAR) else value for name, value in state.items()}
-    return translate(state, DIFFUSERS)
+    matrices = {name: value.flatten(1) if ".attn" in name and value.ndim == 4 else value
+                for name, value in state.items()}
+    return translate(matrices, DIFFUSERS)
 
 def flatten(content, prefix="", depth=3):
     """The tensors of real numbers in nested dicts, as pairs (names joined by dots, tensor)."""
@@ -543,7 +509,10 @@ def find(content, source):
     state, naming = {name.removeprefix(prefix): tensors[name] for name in own}, "latent diffusion's"
     dropped = Counter(name.removeprefix("state_dict.").split(".")[0] for name in tensors.keys() - set(own))
     if any(name.startswith("decoder.mid_block.") for name in state):
-        state, naming = from_diffusers(state), "diffusers'"
+        state = translate(state, [(new, old) for old, new in DIFFUSERS + OLD_DIFFUSERS])
+        naming = "diffusers'"
+    state = {name: value[:, :, None, None] if ".attn" in name and value.ndim == 2 else value
+             for name, value in state.items()}  # matrices in diffusers
     return Found(state, f"{naming}, after {prefix!r}", dropped)
 
 def config_of(state):
@@ -555,8 +524,8 @@ def config_of(state):
     return Config(
         z_channels=state["decoder.conv_in.weight"].shape[1], width=width,
         blocks=count("encoder.down.0.block."),
-        mult=[c // width if c % width == 0 else c / width for c in channels],
-        attention=[i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state],
+        mult=tuple(c // width if c % width == 0 else c / width for c in channels),
+        attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
         mid_attention="encoder.mid.attn_1.q.weight" in state,
         codebook=len(state.get("quantize.embedding.weight", ())),
         quant_conv="quant_conv.weight" in state, post_quant_conv="post_quant_conv.weight" in state)
@@ -573,17 +542,9 @@ def fill(make, state, source):
         raise LoadError(f"{source}: not a model that we know ({type(e).__name__}: {problem})") from None
     return module.eval()
 
-def from_state(state, source="state_dict", theirs=()):
-    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises LoadError, also
-    where `theirs`, the fields of diffusers' config.json, describe another computation."""
-    def make():
-        config = config_of(state)
-        ours = {"norm_num_groups": 32, "act_fn": "silu", "vq_embed_dim": config.z_channels}
-        for name in ours.keys() & theirs:  # what tensors cannot tell
-            require(theirs[name] in (None, ours[name]),
-                    f"config.json beside it has {name} {theirs[name]}, expected {ours[name]}")
-        return Autoencoder(config)
-    return fill(make, state, source)
+def from_state(state, source="state_dict"):
+    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises LoadError."""
+    return fill(lambda: Autoencoder(config_of(state)), state, source)
 
 ADDRESSES = {name: f"https://ommer-lab.com/files/latent-diffusion/{name}.zip"
              for name in PRESETS if name != "small-f4"}
@@ -597,21 +558,19 @@ PIPELINES = {name: f"https://drive.usercontent.google.com/download?id={key}&expo
 
 def local(name):
     """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises LoadError."""
-    addresses, folder = ADDRESSES | PIPELINES, os.path.join(torch.hub.get_dir(), "checkpoints")
-    if os.path.isfile(name) or name not in addresses:
+    address, folder = (ADDRESSES | PIPELINES).get(name), os.path.join(torch.hub.get_dir(), "checkpoints")
+    if os.path.isfile(name) or address is None:
         return name
     file, key = DRIVE.get(name, (f"{name}.ckpt", None))
-    page = f"https://drive.google.com/file/d/{key}/view" if key else addresses[name]
-    path = os.path.join(folder, file)
-    for kept in (path, os.path.join(folder, f"{name}.zip")):
-        if os.path.isfile(kept):
-            return kept
+    path, page = os.path.join(folder, file), f"https://drive.google.com/file/d/{key}/view" if key else address
+    if os.path.isfile(path):
+        return path
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            print(f"{name}: downloading {addresses[name]}", file=sys.stderr)
-            came = os.path.join(temporary, file)
-            torch.hub.download_url_to_file(addresses[name], came)
+            print(f"{name}: downloading {address}", file=sys.stderr)
+            came = os.path.join(temporary, "download")
+            torch.hub.download_url_to_file(address, came)
             weights = unpack(came, temporary)
             read(weights)  # only what can be used is kept
             os.replace(weights, path)
@@ -632,8 +591,12 @@ def config_beside(path):
 def open_file(path):
     """What `find` finds in a file, or under a published name, and its Autoencoder. Raises LoadError."""
     path = local(path)
-    found = find(read(path), path)
-    return found, from_state(found.state, path, config_beside(path))
+    found, theirs = find(read(path), path), config_beside(path)
+    ours = {"norm_num_groups": 32, "act_fn": "silu", "vq_embed_dim": theirs.get("latent_channels")}
+    for name, value in ours.items():  # what tensors cannot tell
+        require(theirs.get(name) in (None, value),
+                f"{path}: config.json beside it has {name} {theirs.get(name)}, expected {value}")
+    return found, from_state(found.state, path)
 
 def load(path):
     """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
@@ -686,18 +649,14 @@ def diffusers_config(config):
 def info(path):
     """Say what a file is, in a few lines."""
     (state, naming, dropped), ae = open_file(path)
-    config = ae.config
-    fields = {name: getattr(config, name) for name in ARCHITECTURE}
+    fields = {name: getattr(ae.config, name) for name in ARCHITECTURE}
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
     types = ", ".join({str(value.dtype).removeprefix("torch.") for value in state.values()})
     left = ", ".join(f"{name[:40]}.* ({count} tensors)" for name, count in dropped.most_common(20))
-    layers = ", ".join(f"{name} {value}" for name, value in fields.items())
-    kind = f"{'VQ' if config.codebook else 'KL'} autoencoder, f = {config.f}, as {like[0]}"
-    lines = {"file": local(path), "kind": kind, "layers": layers,
-             "parameters": f"{sum(value.numel() for value in state.values()):,} in {types}",
-             "names": naming, "left out": left or "nothing"}
-    for label, text in lines.items():
-        print(printable(f"{label:12}{text}"))
+    print(f"{'VQ' if ae.config.codebook else 'KL'} autoencoder, f = {ae.config.f}, as {like[0]}")
+    print(", ".join(f"{name} {value}" for name, value in fields.items()))
+    print(f"{sum(value.numel() for value in state.values()):,} parameters in {types}")
+    print(printable(f"names: {naming}; left out: {left or 'nothing'}"))
 
 def convert(source, target):
     """Write an autoencoder for latent diffusion (.ckpt, .pt) or diffusers (.safetensors; called
@@ -729,7 +688,6 @@ def at_least(low, kind=int):
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a number from {low} up, not {text}")
         return value
-    number.__name__ = kind.__name__                            # what argparse calls it
     return number
 
 def cli(main):
@@ -737,8 +695,7 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError) as e:
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-        print(f"error: {printable(text)}", file=sys.stderr)
+        print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last save", file=sys.stderr)
