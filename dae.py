@@ -85,7 +85,7 @@ PRESETS = {
     "vq-f8": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=16384),
     "vq-f8-n256": Config(mult=(1, 2, 2, 4), attention=(3,), codebook=256),
     "vq-f16": Config(z_channels=8, mult=(1, 1, 2, 2, 4), attention=(4,), codebook=16384),
-    "small-f4": Config(width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2200,
+    "small-f4": Config(width=64, mult=(1, 1, 2), blocks=1, mid_attention=False, batch=4, lr=1e-3, steps=2400,
                        edge_weight=0.5, adversarial_weight=0.0),
 }
 
@@ -412,7 +412,7 @@ def unpack(path, folder):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if entry.filename.endswith(".ckpt"):
+                if entry.filename.endswith(".ckpt") and "._" not in entry.filename:  # a Mac's own
                     require(entry.file_size <= max(1 << 30, 4 * entry.compress_size), "its .ckpt is a bomb")
                     return archive.extract(entry, folder)
     return path
@@ -592,11 +592,12 @@ def open_file(path):
     """What `find` finds in a file, or under a published name, and its Autoencoder. Raises LoadError."""
     path = local(path)
     found, theirs = find(read(path), path), config_beside(path)
-    ours = {"norm_num_groups": 32, "act_fn": "silu", "vq_embed_dim": theirs.get("latent_channels")}
+    ae = from_state(found.state, path)
+    ours = {"norm_num_groups": 32, "act_fn": "silu", "vq_embed_dim": ae.config.z_channels}
     for name, value in ours.items():  # what tensors cannot tell
         require(theirs.get(name) in (None, value),
                 f"{path}: config.json beside it has {name} {theirs.get(name)}, expected {value}")
-    return found, from_state(found.state, path)
+    return found, ae
 
 def load(path):
     """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
