@@ -50,7 +50,8 @@ class Sampler:
         self.device, self.dtype = setup(device, precision)
         self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
         self.folders = self.classes = state["classes"]         # the names of the folders that it learned from
-        if self.dataset == "imagenet" and self.config.num_classes == 1000:
+        synsets = all(name[0] == "n" and name[1:].isdigit() for name in self.folders)
+        if self.dataset == "imagenet" and self.config.num_classes == 1000 and synsets:
             names = Path(__file__).parent / "assets" / "imagenet_classes.txt"
             self.classes = names.read_text("utf-8").splitlines()
         self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
@@ -330,6 +331,7 @@ def save_samples(sampler, path, images, labels):
 def reconstruct(sampler, args):
     """Images, what the autoencoder alone and with the LVAE make of them, and what its first k groups say."""
     total, config = sum(sampler.config.groups), sampler.config
+    require(max(args.groups, default=0) <= total, f"--groups: this model has {total} latent groups")
     kept = {"+ LVAE": total} | {f"first {k} of {total}": k for k in args.groups}
     rows = {name: [] for name in ("original", "autoencoder", *kept)}
     for images, x, label in encoded(sampler, find_photos(sampler, args.images), args.batch, args.label):
@@ -469,9 +471,11 @@ def load_network(path, device):
 
 def frechet(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½), of two Gaussians (Heusel et al., 2017)."""
-    product = torch.from_numpy(np.matmul(sigma1, sigma2, dtype=np.float64))
-    cross = torch.linalg.eigvals(product).sqrt().real.sum().item()            # the trace of the root
-    return max(0.0, float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross))
+    s1, s2 = (torch.from_numpy(np.asarray(s, np.float64)) for s in (sigma1, sigma2))
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T    # root s2 root is symmetric, and has the
+    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0).sqrt().sum()  # eigenvalues of s1 s2
+    return max(0.0, float(np.square(mu1 - mu2).sum() + s1.trace() + s2.trace() - 2 * cross))
 
 def inception_score(probabilities, split=5000):
     """exp of the mean KL between each image's class probabilities (N, K) and their split's mean, averaged
@@ -585,15 +589,17 @@ def evaluate(sampler, args):
     device = setup(args.device)[0]
     network, settings = load_network(args.features, device), [{}]
     if sampler:
-        settings, labels = guidance_settings(sampler, args), even_labels(sampler.labels(args.label), args.n)
-        size = args.image_size or sampler.out_size
+        settings, size = guidance_settings(sampler, args), args.image_size or sampler.out_size
+        # Shuffled, because the Inception Score is taken over consecutive parts.
+        order = np.random.default_rng(args.seed).permutation(args.n)
+        labels = even_labels(sampler.labels(args.label), args.n)[order]
     else:
         size = args.image_size or common_side([path for path in (args.source, args.reference) if path])
     require(len(settings) == 1 or not args.export, "--export writes the statistics of one setting only")
     reference = statistics(args.reference, network, args.batch, size) if args.reference else {}
     for i, weights in enumerate(settings):
         if sampler:
-            found = described(made(sampler, args, labels, weights), network, shuffle=True)
+            found = described(made(sampler, args, labels, weights), network)
         else:
             found = statistics(args.source, network, args.batch, size)
         texts = [":".join(f"{w:g}" for w in np.atleast_1d(value)) for value in weights.values()]
@@ -660,6 +666,7 @@ def bench(sampler, args):
     if args.train:
         seconds = timed(training_step(sampler, args.train), device, args.seconds)
         row("training", count_flops(training_step(sampler, 1)), np.median(seconds) / args.train)
+        print(f"{args.train / np.median(seconds):.2f} images/s in training")
     print(f"peak memory {peak_memory(device) / 2 ** 30:.2f} GiB")
 
 def random_checkpoint(name):
@@ -720,12 +727,16 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # ---------------------------------------------------------------- command line
-def writable(text):
+def writable(*endings):
     """argparse type: the name of a file to write, refused before the work that would fill it."""
-    folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
-    if os.path.isdir(text) or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
-    return text
+    def name(text):
+        folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
+        if os.path.isdir(text) or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+        if not text.lower().endswith(endings):
+            raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in {' or '.join(endings)}")
+        return text
+    return name
 
 def several(kind):
     """argparse type: A,B,.. -> a list."""
@@ -743,6 +754,7 @@ def weights(text):
     return [levels(text.replace(",", ":"))]
 
 positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
+picture, table = writable(".png", ".jpg", ".webp"), writable(".npz")
 # Name, kind, default, explanation. A kind that is a tuple is a choice, list is one or more, bool a switch.
 COMMON = [
     ("--batch", positive, 16, "images at a time"), ("--seed", whole, 0, "of the noise"),
@@ -764,23 +776,23 @@ COMMANDS = {
     generate: GUIDED + [
         UPSAMPLER,
         ("--n --samples", positive, None, "how many (8 per class, 16 at least); under torchrun: --samples"),
-        ("--out", writable, None, "the grid, .png, .jpg or .webp (samples.png)"),
-        ("--npz", writable, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
+        ("--out", picture, None, "the grid, .png, .jpg or .webp (samples.png)"),
+        ("--npz", table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
         ("--png-dir", str, None, "a folder for a PNG per sample")],
     reconstruct: [
         ("images", list, None, "image files, folders"), LABEL,
-        ("--out", writable, "reconstructions.png", "the picture"),
+        ("--out", picture, "reconstructions.png", "the picture"),
         ("--groups", several(positive), [], "also with only the first k latent groups: one or more k")],
     interpolate: [
         ("a", str, None, "an image file"), ("b", str, None, "another"), LABEL,
-        ("--out", writable, "interpolation.png", "the picture"),
+        ("--out", picture, "interpolation.png", "the picture"),
         ("--steps", at_least(2), 5, "generated images, ends included")],
     manifold: [
-        ("--out", writable, "manifold.png", "the picture"), ("--label", str, None, "the class (0)"),
+        ("--out", picture, "manifold.png", "the picture"), ("--label", str, None, "the class (0)"),
         ("--steps", positive, 7, "images per axis"), ("--range", amount, 2.25, "where the axes end"),
         ("--data", str, None, "find the channels on this folder's images, or 'toy' (on samples)")],
     outpaint: [
-        ("image", str, None, "an image file"), LABEL, ("--out", writable, "outpainted.png", "the picture"),
+        ("image", str, None, "an image file"), LABEL, ("--out", picture, "outpainted.png", "the picture"),
         ("--direction", ("right", "left", "both", "down", "up"), "right", "where it grows"),
         ("--n", positive, 1, "how many versions"),
         ("--width", positive, 2, "in images; the height, if it grows down or up")],
@@ -794,9 +806,9 @@ COMMANDS = {
         ("--variance-guidance", several(levels), None, "w_sigma, likewise"),
         ("--temperature", several(amount), [1.0], "one or several (1)"),
         ("--image-size", positive, None, "side to crop folders' images to (that of the images evaluated)"),
-        ("--export", writable, None, ".npz for their statistics, to be a --reference")],
+        ("--export", table, None, ".npz for their statistics, to be a --reference")],
     neighbors: GUIDED + [
-        FEATURES, DATA, ("--out", writable, "neighbors.png", "the picture"),
+        FEATURES, DATA, ("--out", picture, "neighbors.png", "the picture"),
         ("--n", positive, 8, "samples"), ("--neighbors", positive, 6, "neighbours of each")],
     bench: [
         ("--guided", bool, True, "with guidance, if the model can"),
