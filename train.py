@@ -113,10 +113,11 @@ def train_both(index, run, model_options, dae_options):
     path, npz = os.path.join(run.out, "checkpoint.pt"), run.data.endswith(".npz")
     lasting = {name: value for name, value in asdict(run).items() if name not in PASSING}
     lasting["dae_options"] = dae_options
-    start = starting_point(run, path, npz, lasting | model_options)
+    start = starting_point(run, path, npz, lasting | model_options) | {"run": lasting}
     ae, trains = autoencoder_of(start, run.init or path), start["config"].first_stage == "train"
     require(ae or npz or trains, f"{run.init} holds no autoencoder: name one with --dae FILE")
     if npz:
+        ae = ae and place(ae, device)                          # only for pictures
         data = read_latents(run.data, run.holdout)
         shape, classes = data.h.shape[2:], int(data.labels.max()) + 1 if data.labels.any() else 0
     else:
@@ -126,14 +127,13 @@ def train_both(index, run, model_options, dae_options):
         shape, classes = (stage.z_channels, size / stage.f, size / stage.f), len(images.classes)
     config = fitted(run, start, model_options, shape, classes)
     with claim(run.out):                                       # only now: what was asked for fits
-        if not npz and ae is None:
-            ae = train_dae(run, stage, size, images, rows[0], lasting, device, dtype)
-        ae = ae and place(ae, device)                          # channels-last: only training is slower so
         if not npz:
+            ae = ae or train_dae(run, stage, size, images, rows[0], lasting, device, dtype)
+            place(ae, device)                                  # channels-last: only training is slower so
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not config.scale:
             config = with_statistics(data, config)
-        train_lvae(run, config, ae, data, lasting, start, device, dtype)
+        train_lvae(run, config, ae, data, start, device, dtype)
 
 def starting_point(run, path, npz, asked):
     """What a run goes on from, as load_checkpoint has it: its own checkpoint, of the options `asked` for; or
@@ -193,14 +193,14 @@ def fitted(run, start, options, shape, classes):
     return config
 
 # ---------------------------------------------------------------- stage two: the hierarchical VAE
-def train_lvae(run, config, ae, data, lasting, start, device, dtype):
+def train_lvae(run, config, ae, data, start, device, dtype):
     """Train the LVAE from a starting point on. ae: the autoencoder, or None for latents of another."""
     seed_step(run.seed, 0)
     model = place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
-    facts = {"config": asdict(config), "run": lasting, "classes": data.classes, "dataset": start["dataset"]}
-    facts |= resume(start, parts, run.init or path)
+    facts = {"config": asdict(config), "classes": data.classes, "run": start["run"],
+             "dataset": start["dataset"]} | resume(start, parts, run.init or path)
     long = device.type == "cuda" and config.steps - facts["step"] >= 500
     if run.compile == "yes" or run.compile == "auto" and long:
         model.compile(dynamic=False)
@@ -456,8 +456,7 @@ class Images:
         raise ValueError(f"no usable image among {len(rows)}")
 
 def open_images(path, size, out=None):
-    """The images of a folder (without the run's folder `out`) or of an LSUN LMDB folder; for '' or 'toy' the
-    built-in scenes. Raises ValueError."""
+    """The images of a folder (but its `out`), of an LSUN LMDB, or the toy's ('' or 'toy'). ValueError."""
     if path in ("", "toy"):
         labels = np.arange(TOY_COUNT) % len(TOY_CLASSES)
         names = [f"toy {i}" for i in range(TOY_COUNT)]
