@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import signal
-import stat
 import sys
 import time
 from collections import deque, namedtuple
@@ -66,28 +65,30 @@ class Run:
     every: int = knob(500, "steps between checkpoints, evaluations and sample grids", 1)
 
 # ---------------------------------------------------------------- the loop of both stages
-class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
-
-def loop(run, stage, progress, steps, update, save, look):
-    """Run a stage on from progress["step"] to `steps`. update(step) gives named statistics, "skipped" among
-    them; save(); look(step): what people see. Raises Stopped after a signal, ValueError if it diverges."""
-    bar, in_a_row = progress_bar(stage, progress["step"], steps), 0
-    for step in range(progress["step"] + 1, steps + 1):
+def loop(run, stage, steps, path, facts, parts, update, look):
+    """Train a stage from facts["step"] to `steps`, and keep facts and parts in the checkpoint `path`. A step
+    is update(step), which gives named statistics, "skipped" among them; look(step) shows what was learnt.
+    After a signal it saves and ends the program. Raises ValueError if it diverges."""
+    bar, in_a_row = progress_bar(stage, facts["step"], steps), 0
+    if facts["step"] == 0:
+        save_checkpoint(path, facts, parts)
+    for step in range(facts["step"] + 1, steps + 1):
         seed_step(run.seed, step)                              # all that is random is of (seed, step)
         stats = update(step)
         bar.update()
         in_a_row = in_a_row + 1 if stats["skipped"] else 0
         require(in_a_row < 100, f"100 steps in a row of the {stage} skipped: lower its learning rate")
-        progress |= {"step": step, "skipped": progress["skipped"] + stats["skipped"]}
+        stats["skipped"] += facts["skipped"]
+        facts |= {"step": step, "skipped": stats["skipped"]}
         stopping, last = asked_to_stop(), step == steps
         if step % run.log_every == 0 or last:
             average([value for value in stats.values() if torch.is_tensor(value)])
-            bar.set_postfix(log(run, stage, step, stats | {"skipped": progress["skipped"]}))
+            log(run, stage, step, stats)
+            bar.set_postfix(loss=float(stats["loss"]))
         if step % run.every == 0 or last or stopping:
-            save()
+            save_checkpoint(path, facts, parts)
             if stopping and not last:
-                raise Stopped(f"saved at step {step} of the {stage}")
+                stop(f"saved at step {step} of the {stage}")
             look(step)
     bar.close()
 
@@ -95,66 +96,67 @@ def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 def log(run, stage, step, stats):
-    """Append to log.jsonl, in one write; of a step run twice the later line counts. Returns what to show."""
+    """Append to log.jsonl, in one write; of a step run twice the later line counts."""
     entry = {"stage": stage, "step": step}
     for name, value in stats.items():
         entry[name] = np.round(value.tolist() if torch.is_tensor(value) else value, 5).tolist()
     if world()[0] == 0:
         with open(os.path.join(run.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(entry) + "\n")
-    return {name: entry[name] for name in ("loss", "rate", "l1") if name in entry}
 
 # ---------------------------------------------------------------- what happens in which order
 PASSING = {"out", "device", "precision", "compile", "log_every", "every", "dae_preset"}    # may change
 
-def train_both(run, model_options, dae_options):
-    """The two stages of a run, or what is left of them: first stage and data, encoding, then the LVAE."""
+def train_both(index, run, model_options, dae_options):
+    """One process of a run: first stage, latents and second stage, or what is left of them to do."""
     device, dtype = setup(run.device, run.precision)
     path, npz = os.path.join(run.out, "checkpoint.pt"), run.data.endswith(".npz")
     lasting = {name: value for name, value in asdict(run).items() if name not in PASSING}
     lasting["dae_options"] = dae_options
-    resumed = os.path.exists(path)                             # this run; else --init's, to begin with
-    known = load_checkpoint(path if resumed else run.init) if resumed or run.init else None
-    config = known["config"] if known else lvae.PRESETS[run.dataset]
-    name = run.dae or ("latents" if npz else config.first_stage)
-    if resumed:
-        compare(known["run"], lasting, path)
-        compare(asdict(config), model_options, path)
-    elif run.init:
-        require(run.dataset in ("toy", known["dataset"]), f"{run.init} is a model of {known['dataset']}")
-    if resumed or run.init and not run.dae:
-        ae = autoencoder_of(known, run.init or path)
-    else:
-        ae = daes.Identity() if name == "none" else None if name in ("train", "latents") else daes.load(name)
+    start = starting_point(run, path, npz, lasting | model_options) | {"run": lasting}
+    ae, trains = autoencoder_of(start, run.init or path), start["config"].first_stage == "train"
+    require(ae or npz or trains, f"{run.init} holds no autoencoder: name one with --dae FILE")
     if npz:
+        ae = ae and place(ae, device)                          # only for pictures
         data = read_latents(run.data, run.holdout)
-        shape, classes = data.h.shape[2:], 0 if data.labels is None else int(data.labels.max()) + 1
+        shape, classes = data.h.shape[2:], int(data.labels.max()) + 1 if data.labels.any() else 0
     else:
-        require(ae or name == "train" and (run.dae or not run.init),
-                f"--init {run.init} holds no autoencoder: name one with --dae FILE")
         stage = ae.config if ae else replace(daes.PRESETS[run.dae_preset], **dae_options)
-        size = run.image_size or config.resolution * stage.f
-        images, rows = open_data(run, size, known["classes"] if run.init else [])
+        size = run.image_size or start["config"].resolution * stage.f
+        images, rows = open_data(run, size, start["classes"])
         shape, classes = (stage.z_channels, size / stage.f, size / stage.f), len(images.classes)
-    if not known:
-        config = fit_preset(run, config, name, shape, classes)
-    elif run.dae and not resumed:
-        config = replace(config, first_stage=name)
-    config = replace(config, **model_options)
-    check(run, config, shape, classes)
+    config = fitted(run, start, model_options, shape, classes)
     with claim(run.out):                                       # only now: what was asked for fits
-        if not npz and not ae:
-            ae = train_dae(run, stage, size, images, rows[0], lasting, device, dtype)
-        ae = ae and place(ae, device)                          # channels-last: only training is slower so
         if not npz:
+            ae = ae or train_dae(run, stage, size, images, rows[0], lasting, device, dtype)
+            place(ae, device)                                  # channels-last: only training is slower so
             data = encode_all(run, ae, size, images, rows, device, dtype)
-        if not resumed and (run.dae if run.init else not config.scale):
-            config = with_statistics(data, config)             # a preset's are those of its own autoencoder
-        if resumed:
-            compare(known, {"classes": data.classes}, path)
-        elif known:
-            known = {"dataset": known["dataset"], "model": known["ema"], "ema": known["ema"]}
-        train_lvae(run, config, ae, data, lasting, known, device, dtype)
+        if not config.scale:
+            config = with_statistics(data, config)
+        train_lvae(run, config, ae, data, start, device, dtype)
+
+def starting_point(run, path, npz, asked):
+    """What a run goes on from, as load_checkpoint has it: its own checkpoint, of the options `asked` for; or
+    --init's model; or a preset, then without "model". A scale of 0 is to be measured. Raises ValueError."""
+    if os.path.exists(path):
+        start = load_checkpoint(path)
+        compare(start["run"] | asdict(start["config"]), asked, path)
+        return start
+    start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
+    if run.init:
+        known = load_checkpoint(run.init)
+        require(run.dataset in ("toy", known["dataset"]), f"{run.init} is a model of {known['dataset']}")
+        start = {name: known[name] for name in start} | {"model": known["ema"], "ema": known["ema"]}
+    if start["dae"] and not run.dae:
+        return start
+    config = start["config"]
+    name = run.dae or ("latents" if npz else config.first_stage)
+    start["dae"] = {} if name in ("train", "none", "latents") else daes.load(name).state_dict()
+    if name == "none":
+        config = replace(config, shift=127.5, scale=127.5)
+    elif name == "train" or run.init and run.dae:              # other latents than the preset's or --init's
+        config = replace(config, scale=0.0)
+    return start | {"config": replace(config, first_stage=name)}
 
 def autoencoder_of(state, path):
     """The autoencoder of a checkpoint; None if there is none in it."""
@@ -163,7 +165,7 @@ def autoencoder_of(state, path):
     return daes.from_state(state["dae"], path) if state["dae"] else None
 
 def open_data(run, size, classes):
-    """A run's images, those of --val last, and which are (to train on, held out). classes: of --init."""
+    """A run's images, those of --val last, and which are (to train on, held out). classes: known names."""
     images = open_images(run.data, size, run.out)
     if classes:
         relabel(images, classes, run.data)
@@ -177,37 +179,33 @@ def open_data(run, size, classes):
                   lambda i: images.open(i) if i < n else val.open(i - n), [images.listing, val.listing])
     return both, (np.arange(n), np.arange(n, len(both.names)))
 
-def fit_preset(run, config, name, shape, classes):
-    """A preset for a first stage of that name; the toy's follows the user's own data of a shape (C, H, W)."""
-    options = {"train": {"scale": 0.0}, "none": {"shift": 127.5, "scale": 127.5}}.get(name, {})
-    if run.dataset == "toy":
+def fitted(run, start, options, shape, classes):
+    """The Config for data of a shape (C, H, W) in so many classes. ValueError if it cannot be for them."""
+    config = start["config"]
+    if run.dataset == "toy" and "model" not in start:          # this preset follows the user's own data
         config = lvae.adapted(config, shape[0], int(shape[1]), classes)
-    return replace(config, first_stage=name, **options)
-
-def check(run, config, shape, classes):
-    """Raise a ValueError if a Config is not for data of a shape (C, H, W) in so many classes."""
+    config = replace(config, **options)
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config is for {expected}: --image-size?")
-    all_of = run.init and not run.data.endswith(".npz")        # folders in the order of --init's labels
-    fits = (config.num_classes if all_of else 1) <= classes <= config.num_classes
-    require(fits or not config.num_classes, f"{run.data or 'the toy'} has {classes} classes (sub-folders, "
-            f"labels), which does not fit num_classes {config.num_classes}")
+    least = config.num_classes if run.init and not run.data.endswith(".npz") else 1    # --init numbers them
+    require(not config.num_classes or least <= classes <= config.num_classes, f"{run.data or 'the toy'} has "
+            f"{classes} classes (sub-folders, labels), which does not fit num_classes {config.num_classes}")
+    return config
 
 # ---------------------------------------------------------------- stage two: the hierarchical VAE
-def train_lvae(run, config, ae, data, lasting, start, device, dtype):
-    """Train the LVAE: on from a checkpoint `start`, this run's or that of --init, or anew (None)."""
+def train_lvae(run, config, ae, data, start, device, dtype):
+    """Train the LVAE from a starting point on. ae: the autoencoder, or None for latents of another."""
     seed_step(run.seed, 0)
     model = place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
-    progress = resume(start or {}, parts, run.init or path)
-    dataset = start["dataset"] if run.init else run.dataset
-    facts = {"config": asdict(config), "run": lasting, "classes": data.classes, "dataset": dataset}
-    long = device.type == "cuda" and config.steps - progress["step"] >= 500
+    facts = {"config": asdict(config), "classes": data.classes, "run": start["run"],
+             "dataset": start["dataset"]} | resume(start, parts, run.init or path)
+    long = device.type == "cuda" and config.steps - facts["step"] >= 500
     if run.compile == "yes" or run.compile == "auto" and long:
         model.compile(dynamic=False)
     say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
-        f"{f'{config.num_classes} classes' if config.num_classes else 'unconditional'}")
+        + (f"{config.num_classes} classes" if config.num_classes else "unconditional"))
     say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, in {dtype}")
     say("config      " + "  ".join(f"{name}={value}" for name, value in asdict(config).items()))
     mine, source = my_part(config.batch), "cpu" if device.type == "xla" else device
@@ -227,71 +225,58 @@ def train_lvae(run, config, ae, data, lasting, start, device, dtype):
         batches = [batch((step - 1) * config.accumulate + micro) for micro in range(config.accumulate)]
         stats = lvae.train_step(model, ema, optimizer, batches, step, dtype, average)
         stats["kl_levels"] = torch.stack([kl.sum() for kl in stats.pop("kl").split(config.groups[::-1])])
-        stats |= {f"{name}_bits": lvae.bits_per_dim(stats[name], config) for name in ("distortion", "rate")}
         return stats | {"images_per_s": config.batch * config.accumulate / (time.time() - started)}
 
-    @only_first
-    def save():
-        save_checkpoint(path, facts | progress, parts | {"dae": ae or daes.Identity()})
-
-    @only_first
     def look(step):
-        if len(data.held):
-            log(run, "lvae", step, held_out(ema, data, device, dtype))
-        if ae is not None:
-            save_pictures(run, ema, ae, data, step, device, dtype)
-    if progress["step"] == 0:
-        save()
-    loop(run, "lvae", progress, config.steps, update, save, look)
-    say(f"done: {path}, {progress['skipped']} steps skipped. Samples: python sample.py generate {path}")
+        if world()[0]:
+            return
+        with torch.no_grad(), lvae.autocast(device, dtype):
+            if len(data.held):
+                log(run, "lvae", step, held_out(ema, data, device))
+            if ae is not None:
+                save_pictures(run, ema, ae, data, step, device)
+    loop(run, "lvae", config.steps, path, facts, parts | {"dae": ae or daes.Identity()}, update, look)
+    say(f"done: {path}, {facts['skipped']} steps skipped. Samples: python sample.py generate {path}")
 
-@torch.no_grad()
-def held_out(model, data, device, dtype):
+def held_out(model, data, device):
     """Held-out distortion and rate, nats per sample, and negative ELBO, bits per dimension. Repeatable."""
     seed_step(0, 0)
     total = np.zeros(2)
     for rows in np.split(data.held, range(model.config.batch, len(data.held), model.config.batch)):
         x, label = load_batch(data, rows, model.config, device)
-        with lvae.autocast(device, dtype):
-            losses = lvae.objective(model(x, label), x, model.config)
+        losses = lvae.objective(model(x, label), x, model.config)
         total += len(x) * np.array([float(losses.distortion), float(losses.rate)])
     distortion, rate = total / len(data.held)
     bits = lvae.bits_per_dim(distortion + rate, model.config)
     tqdm.write(f"negative ELBO of {len(data.held)} held-out images: {bits:.4f} bits/dim")
     return {"held_out_distortion": distortion, "held_out_rate": rate, "held_out_nelbo_bits": bits}
 
-@torch.no_grad()
-def save_pictures(run, model, ae, data, step, device, dtype):
-    """Samples, a row of eight per class, unguided and guided, and reconstructions of held-out images."""
+def save_pictures(run, model, ae, data, step, device):
+    """Held-out images, their reconstructions, and samples, eight of each class, guided if they can be."""
     config, held = model.config, data.held if len(data.held) else data.train
-    x, x_label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
+    x, label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
     low_res = lvae.shrink(x, config) if config.upsample else None
-    rows = 1 if config.upsample else min(config.num_classes, 10) or 8
-    label = torch.arange(rows, device=device).repeat_interleave(8) if config.num_classes else None
-    names = (data.classes or list(map(str, range(rows))))[:rows] if config.num_classes else None
-
-    def sample(**guidance):
-        seed_step(0, 0)                                        # the same at every step: progress shows
-        return model.generate(None, label, 8 * rows, low_res=low_res, **guidance)
-    with lvae.autocast(device, dtype):
-        rebuilt = model.generate(model.encode(x, x_label, None, low_res), x_label, low_res=low_res)
-        pictures = {"": (sample(), names), "_reconstructions": (torch.cat([x, rebuilt]), ["encoded", "LVAE"])}
-        if config.num_classes and config.hierarchical_prior:
-            weights = lvae.guidance_levels(config, 1.5)
-            pictures["_guided"] = sample(mean_guidance=weights, variance_guidance=1.0), names
-        for name, (samples, names) in pictures.items():
-            images = [to_uint8(ae.decode(row)) for row in lvae.denormalise(samples, config).split(8)]
-            save_picture(os.path.join(run.out, "samples", f"{step:07d}{name}.png"), images, names)
+    rebuilt = model.generate(model.encode(x, label, None, low_res), label, low_res=low_res)
+    rows, names, guidance = 1 if config.upsample else min(config.num_classes, 10) or 8, [], {}
+    if config.num_classes:
+        label, names = torch.arange(rows, device=device).repeat_interleave(8), data.classes[:rows]
+    if config.num_classes and config.hierarchical_prior:
+        guidance = {"mean_guidance": lvae.guidance_levels(config, 1.5), "variance_guidance": 1.0}
+    seed_step(0, 0)                                            # the same at every step: progress shows
+    samples = model.generate(None, label, 8 * rows, low_res=low_res, **guidance)
+    parts = lvae.denormalise(torch.cat([x, rebuilt, samples]), config).split(8)
+    save_picture(os.path.join(run.out, "samples", f"{step:07d}.png"),
+                 [to_uint8(ae.decode(part)) for part in parts], ["encoded", "LVAE", *names])
 
 # ---------------------------------------------------------------- stage one: the autoencoder
 def train_dae(run, config, size, images, rows, lasting, device, dtype):
     """Train an autoencoder on rows of images (Section 3.1), on every process; resumes from OUT/dae.pt."""
-    if device.type == "xla":                                   # there the hosts train
-        device, dtype = setup("cpu", run.precision)
     require(not config.codebook, "--dae train trains KL autoencoders, not VQ ones: --dae-codebook 0")
     require(size >= 32 or not config.adversarial_weight,
             "an adversary needs images of 32 pixels or more: --dae-adversarial-weight 0")
-    path, mine, seen = os.path.join(run.out, "dae.pt"), my_part(config.batch), []
+    if device.type == "xla":                                   # there the hosts train
+        device, dtype = setup("cpu", run.precision)
+    path, mine = os.path.join(run.out, "dae.pt"), my_part(config.batch)
     seed_step(run.seed, 0)
     parts = {"dae": daes.Autoencoder(config).to(device)}
     if config.adversarial_weight:
@@ -300,8 +285,8 @@ def train_dae(run, config, size, images, rows, lasting, device, dtype):
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     lasting = lasting | {"dae_options": asdict(config)}
     start = daes.read(path) if os.path.exists(path) else {"run": lasting}
-    compare(start.get("run", {}) if isinstance(start, dict) else {}, lasting, path)
-    progress = resume(start, everything, path)
+    compare(start.get("run", {}), lasting, path)
+    facts = {"run": lasting} | resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} "
         f"of {len(rows)} images, {size}x{size}" + ("" if perceptual else "; no lpips, no perceptual term"))
@@ -312,27 +297,23 @@ def train_dae(run, config, size, images, rows, lasting, device, dtype):
         indices = batch_indices(run.seed, len(rows), config.batch, number)[mine]
         good = [images.first_good(rows, index) for index in indices]
         return [image[:, ::-1] if flip else image for image, flip in zip(good, mirror)]
-    batches = read_ahead(batch, itertools.count(progress["step"]))
+    batches = read_ahead(batch, itertools.count(facts["step"]))
 
     def update(step):
         started, x = time.time(), to_tensor(next(batches)).to(device)
-        seen[:] = x[:8]
         shape = config.batch, config.z_channels, size // config.f, size // config.f
         stats = daes.train_step(parts, optimizers, x, torch.randn(shape, device=device)[mine], step,
                                 perceptual, average, lvae.autocast(device, dtype))
         return stats | {"images_per_s": config.batch / (time.time() - started)}
 
-    @only_first
-    def save():
-        save_checkpoint(path, {"run": lasting} | progress, everything)
-
-    @only_first
     def look(step):
-        x = torch.stack(seen)
+        if world()[0]:
+            return
+        good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
         with torch.no_grad(), lvae.autocast(device, dtype):
-            pictures = [to_uint8(x), to_uint8(parts["dae"].decode(parts["dae"].encode(x)))]
-        save_picture(os.path.join(run.out, "samples", f"dae_{step:06d}.png"), pictures)
-    loop(run, "dae", progress, config.steps, update, save, look)
+            rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
+        save_picture(os.path.join(run.out, "samples", f"dae_{step:06d}.png"), [good, to_uint8(rebuilt)])
+    loop(run, "dae", config.steps, path, facts, everything, update, look)
     return parts["dae"].eval()
 
 def read_ahead(read, items, ahead=4):
@@ -345,87 +326,76 @@ def read_ahead(read, items, ahead=4):
             waiting.extend(pool.submit(read, item) for item in itertools.islice(items, 1))
 
 # ---------------------------------------------------------------- from images to latents
-# Raw latents (N, views, C, h, w); labels (N,) or None; the rows to train on and held out; the classes' names.
+# Raw latents (N, views, C, h, w); labels (N,), 0 without classes; rows to train on and held out; class names.
 Data = namedtuple("Data", "h labels train held classes")
 
 def load_batch(data, rows, config, device, view=0):
     """Rows -> normalised x (B, C, h, w) and labels (B,) or None, on the device."""
-    h = data.h[rows, np.broadcast_to(view, rows.shape) % data.h.shape[1]].astype(np.float32)
+    h = data.h[rows, view % data.h.shape[1]].astype(np.float32)
     label = torch.from_numpy(data.labels[rows]).to(device) if config.num_classes else None
     return lvae.normalise(torch.from_numpy(h).to(device), config), label
 
 def read_latents(path, holdout):
     """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data. Raises ValueError."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            h, labels = file["latents"], file["labels"] if "labels" in file else None
-        fits = h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12
-        require(fits, f"they are {h.dtype} {h.shape}")
-        if labels is not None:
-            fits = labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6
-            require(fits, "the labels are not")
-            labels = labels.astype(np.int64)
-    except Exception as e:                                     # whatever a broken file provokes
-        raise ValueError(f"{path}: expected an .npz with an array named latents, finite numbers (N, C, H, H) "
-                         f"and perhaps labels, N integers from 0 up ({e})") from None
-    return Data(h[:, None], labels, *split(len(h), holdout), [])
+    with explained(f"{path}: expected an .npz with an array named latents, finite numbers (N, C, H, H), and "
+                   "perhaps labels, N integers from 0 up"), np.load(path, allow_pickle=False) as file:
+        h = file["latents"]
+        labels = file["labels"] if "labels" in file else np.zeros(len(h), int)
+        require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12
+                and labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6,
+                f"they are {h.dtype} {h.shape}, the labels {labels.dtype} {labels.shape}")
+    return Data(h[:, None], labels.astype(np.int64), *split(len(h), holdout), [])
 
 def encode_all(run, ae, size, images, rows, device, dtype):
     """Encode all images, once -> Data. The first process encodes, the others wait. The latents stay in OUT,
-    with --flip also of mirrored images, float16, NaN for bad ones, till autoencoder, size or files change."""
+    with --flip also of mirrored images, till autoencoder, size or files change."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
     key = hashlib.sha256(repr((images.listing, size, run.flip, sums)).encode()).hexdigest()[:16]
-    path, views = os.path.join(run.out, f"latents_{key}.npy"), 1 + run.flip
-    shape = (len(images.names), views, ae.config.z_channels, size // ae.config.f, size // ae.config.f)
-
-    def save(file):
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        for h in encodings(ae, size, images, views, device, dtype):
-            file.write(h.astype(np.float16).tobytes())
+    path = os.path.join(run.out, f"latents_{key}.npy")
     if world()[0] == 0 and not os.path.exists(path):
-        with contextlib.suppress(Stopped):
-            daes.write(path, save)
-            for old in glob.glob(os.path.join(glob.escape(run.out), "latents_*.npy")):
-                if not os.path.samefile(old, path):
-                    os.remove(old)
+        for old in glob.glob(os.path.join(glob.escape(run.out), "latents_*.npy")):
+            os.remove(old)
+        with contextlib.suppress(KeyboardInterrupt):
+            daes.write(path, lambda file: write_latents(file, ae, size, images, 1 + run.flip, device, dtype))
     if asked_to_stop():                                        # all processes wait here
-        raise Stopped("the images are not all encoded yet")
+        stop("the images are not all encoded yet")
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
     say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
-    require(good.any(), f"no usable image among {len(good)}")
-    return Data(h, images.labels, *(some[good[some]] for some in rows), images.classes)
+    train, held = (some[good[some]] for some in rows)
+    require(len(train), f"no usable image to train on, of {len(good)}")
+    return Data(h, images.labels, train, held, images.classes)
 
 @torch.no_grad()
-def encodings(ae, size, images, views, device, dtype):
-    """The latents of all images, (batch, views, C, h, w) at a time; NaN for bad ones."""
+def write_latents(file, ae, size, images, views, device, dtype):
+    """Fill an .npy: float16 (N, views, C, h, w), NaN for bad images. KeyboardInterrupt after a signal."""
+    n, side = len(images.names), size // ae.config.f
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False,
+                                                "shape": (n, views, ae.config.z_channels, side, side)})
     batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
-    blank, bar = np.zeros((size, size, 3), np.uint8), progress_bar("encoding", 0, len(images.names))
-
-    def read(first):
-        return [images.read(i) for i in range(first, min(first + batch, len(images.names)))]
-    for part in read_ahead(read, range(0, len(images.names), batch)):
+    blank, bar = np.zeros((size, size, 3), np.uint8), progress_bar("encoding", 0, n)
+    parts = np.split(np.arange(n), range(batch, n, batch))
+    for part in read_ahead(lambda rows: [images.read(i) for i in rows], parts):
         if asked:
-            raise Stopped
+            raise KeyboardInterrupt
         x = to_tensor([blank if image is None else image for image in part]).to(device)
         with lvae.autocast(device, dtype):
             h = torch.stack([ae.encode(view) for view in [x, x.flip(3)][:views]], dim=1).float().cpu().numpy()
-        bad = [image is None or not np.isfinite(row).all() for row, image in zip(h, part)]
-        h[bad] = np.nan
+        h[[image is None or not np.isfinite(row).all() for row, image in zip(h, part)]] = np.nan
+        file.write(h.astype(np.float16).tobytes())
         bar.update(len(part))
-        yield h
     bar.close()
 
 def with_statistics(data, config):
     """The config with shift and scale such that up to 10,000 of the latents have mean 0 and variance 1."""
     h = data.h[data.train[::max(1, len(data.train) // 10_000)], 0].astype(np.float32)
-    require(len(h) and h.std() > 0, "nothing to learn from: no image to train on, or all are the same")
+    require(h.std() > 0, "nothing to learn from: all images are the same")
     return replace(config, shift=float(h.mean()), scale=float(h.std()))
 
 def split(count, share):
     """Indices (training, held out): a fixed shuffle, the same for every run on the same data."""
     order = np.random.default_rng(0).permutation(count)
-    held = min(round(share * count), 2000) if count > 1 else 0
+    held = min(round(share * count), 2000, count - 1)
     return np.sort(order[held:]), np.sort(order[:held])
 
 @lru_cache(maxsize=2)
@@ -461,33 +431,32 @@ PngImagePlugin.PngStream = PngStream
 
 @dataclass
 class Images:
-    """A set of images: `read(i)` gives (size, size, 3) uint8, or None for a bad one (then named in `bad`)."""
+    """A set of images: `read(i)` gives (size, size, 3) uint8, or None for a bad one, which it names once."""
     names: list
     labels: np.ndarray                                         # (N,) int64, all 0 without classes
     classes: list                                              # names, empty without classes
     open: object                                               # index -> image; raises on a bad one
     listing: object                                            # changes when the files do
-    bad: dict = field(default_factory=dict)                    # name -> reason
+    bad: set = field(default_factory=set)
 
     def read(self, i):
-        if self.names[i] not in self.bad:
+        if i not in self.bad:
             try:
                 return self.open(i)
             except Exception as e:                             # whatever a broken file provokes in Pillow
-                self.bad[self.names[i]] = str(e) or type(e).__name__
-                tqdm.write(printable(f"skipped {self.names[i]}: {self.bad[self.names[i]]}"))
+                self.bad.add(i)
+                tqdm.write(printable(f"skipped {self.names[i]}: {str(e) or type(e).__name__}"))
 
     def first_good(self, rows, start):
         """The first of `rows`, from `start` on, that is not bad. Raises ValueError if all are."""
-        for k in range(len(rows)):
-            image = self.read(rows[(start + k) % len(rows)])
+        for row in itertools.chain(rows[start:], rows[:start]):
+            image = self.read(row)
             if image is not None:
                 return image
-        raise ValueError(f"no usable image among {len(rows)}: {next(iter(self.bad.items()))}")
+        raise ValueError(f"no usable image among {len(rows)}")
 
 def open_images(path, size, out=None):
-    """The images of a folder (without the run's folder `out`) or of an LSUN LMDB folder; for '' or 'toy' the
-    built-in scenes. Raises ValueError."""
+    """The images of a folder (but its `out`), of an LSUN LMDB, or the toy's ('' or 'toy'). ValueError."""
     if path in ("", "toy"):
         labels = np.arange(TOY_COUNT) % len(TOY_CLASSES)
         names = [f"toy {i}" for i in range(TOY_COUNT)]
@@ -500,8 +469,6 @@ def open_images(path, size, out=None):
     images = image_files([os.path.join(path, name) for name, *_ in files], size, files)
     parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
     classes = sorted(set(parents))
-    if "" in classes and len(classes) > 2:
-        say(f"{path}: {parents.count('')} images lie outside the sub-folders: these are not classes")
     if "" not in classes and len(classes) > 1:                 # all lie in sub-folders, and there are several
         numbers = {name: i for i, name in enumerate(classes)}
         images.classes, images.labels = classes, np.array([numbers[parent] for parent in parents])
@@ -512,8 +479,7 @@ def image_files(names, size, listing=None):
     return Images(names, np.zeros(len(names), int), [], lambda i: read_image(names[i], size), listing)
 
 def list_images(path, out=None):
-    """(Name, bytes, time) of every image below a folder, sorted. A folder is walked once, whatever links lead
-    to it, and those of runs are not."""
+    """(Name, bytes, time) of every image below a folder, sorted; each folder once, and none of a run."""
     endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
     tops, seen, files = [path], {os.path.realpath(out or "/")}, []
     for top in tops:                                           # grows by the links on the way
@@ -523,15 +489,13 @@ def list_images(path, out=None):
                 inside.clear()
                 continue
             seen.add(real)
-            inside[:] = [name for name in inside if not name.startswith(".")]
-            tops += [link for link in (os.path.join(folder, name) for name in inside) if os.path.islink(link)]
+            inside[:] = [name for name in inside if name[0] != "."]
+            tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
             for name in names:
-                if name.lower().endswith(endings) and not name.startswith("."):
-                    with contextlib.suppress(OSError):         # a link that leads nowhere
-                        info = os.stat(os.path.join(folder, name))
-                        if stat.S_ISREG(info.st_mode):
-                            name = os.path.relpath(os.path.join(folder, name), path)
-                            files.append((name, info.st_size, info.st_mtime_ns))
+                file = os.path.join(folder, name)
+                if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(file):
+                    info = os.stat(file)
+                    files.append((os.path.relpath(file, path), info.st_size, info.st_mtime_ns))
     return sorted(files, key=lambda file: file[0].split(os.sep))
 
 def relabel(images, classes, what):
@@ -544,10 +508,8 @@ def relabel(images, classes, what):
 
 def lmdb_images(path, size):
     """An LSUN LMDB folder: key -> JPEG or WebP bytes."""
-    try:
+    with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
         import lmdb
-    except ImportError:
-        raise ValueError(f"{path} is an LMDB: reading it needs `pip install lmdb`") from None
     env = lmdb.open(path, readonly=True, lock=False, readahead=False)
     with env.begin() as txn:
         keys = list(txn.cursor().iternext(values=False))
@@ -607,47 +569,43 @@ def save_picture(path, rows, row_names=(), column_names=(), gap=2):
 
 def save_checkpoint(path, facts, parts):
     """Replace a checkpoint, whole or not at all, by facts and the states of modules and optimizers."""
-    state = facts | {name: part.state_dict() for name, part in parts.items()}
-    state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
-    daes.write(path, lambda file: torch.save(state, file))
+    if world()[0] == 0:
+        state = facts | {name: part.state_dict() for name, part in parts.items()}
+        state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
+        daes.write(path, lambda file: torch.save(state, file))
 
 def load_checkpoint(path):
     """A checkpoint.pt or a pipeline of the authors (a file, or church, bedroom, imagenet: downloaded) -> a
     dict: config (lvae.Config), ema, dae, classes, dataset, step, run. Tensors are views. Raises LoadError."""
     path = daes.local(path)
     state = daes.read(path)
-    try:
+    with explained(f"{path}: not a checkpoint of train.py's second stage, nor a pipeline of the paper"):
+        state = {"run": {}, "step": 0, "dataset": None} | state
         if "vae.encoder.in_proj.weight" in state:
-            state = released_checkpoint(state, path)
+            state |= released_checkpoint(state, path)
         config = lvae.Config(**state["config"])
         require(sum(config.groups + config.encoder_layers) < 1000 and config.scale, "a strange config")
-        state = {"run": {}, "step": 0, "skipped": 0} | state
-        dataset = state.get("dataset", state["run"].get("dataset"))
-        return state | {"config": config, "classes": list(map(str, state["classes"])), "dataset": dataset,
+        return state | {"config": config, "classes": list(map(str, state["classes"])),
                         "ema": dict(state["ema"]), "dae": dict(state["dae"])}
-    except Exception as e:                                     # whatever a foreign file holds
-        raise daes.LoadError(f"{path}: not a checkpoint of train.py's second stage, nor a pipeline "
-                             f"of the paper ({type(e).__name__}: {str(e)[:200]})") from None
 
 def released_checkpoint(state, path):
-    """A pipeline of the authors, one dict of dae.* and vae.* tensors, as a checkpoint of ours. Which preset
-    it is shows in its shapes."""
+    """A pipeline of the authors, tensors dae.* and vae.* whose shapes tell the preset, as our checkpoint."""
     ema = lvae.from_released({k.removeprefix("vae."): v for k, v in state.items() if k.startswith("vae.")})
     shapes = {name: value.shape for name, value in ema.items()}
-    dae = daes.find(state, path).state if any(k.startswith("dae.") for k in state) else {}
     for dataset, preset in lvae.PRESETS.items():
         config = replace(preset, attention="released")
         with torch.device("meta"):
             expected = {name: value.shape for name, value in lvae.LVAE(config).state_dict().items()}
         if shapes == expected:
+            dae = daes.find(state, path).state
             return {"config": asdict(config), "ema": ema, "dae": dae, "classes": [], "dataset": dataset}
     raise ValueError("a pipeline of no preset")
 
 @torch.no_grad()
 def resume(start, parts, path):
     """Put a checkpoint's state, if any, into modules and optimizers; returns the progress. ValueError."""
-    try:
-        for name in parts.keys() & start.keys():
+    for name in parts.keys() & start.keys():
+        with explained(f"{path}: the {name} in it does not fit"):
             if not isinstance(parts[name], torch.optim.Optimizer):
                 parts[name].load_state_dict(start[name])
                 continue
@@ -657,11 +615,6 @@ def resume(start, parts, path):
                 for key, value in moments.items():             # in the memory format that fused Adam expects
                     like = parameter if value.shape == parameter.shape else value
                     moments[key] = torch.empty_like(like).copy_(value)
-    except (RuntimeError, TypeError, KeyError, AttributeError) as e:
-        reason = (str(e).splitlines() or [""])[-1].strip()
-        raise ValueError(f"{path}: the {name} in it does not fit ({reason})") from None
-    if start.get("step"):
-        say(f"resuming {path} at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
 def compare(found, asked, path):
@@ -672,22 +625,27 @@ def compare(found, asked, path):
                 "options to resume, or another --out to start anew")
 
 def claim(out):
-    """Make a run's folder and lock it against other runs, until what is returned is closed. ValueError."""
+    """Make a run's folder, and lock its log until what is returned is closed. ValueError if another has."""
     if world()[0]:
         return contextlib.nullcontext()
     os.makedirs(out, exist_ok=True)
-    lock = open(os.path.join(out, "lock"), "w")
+    log = open(os.path.join(out, "log.jsonl"), "a+b")
+    with contextlib.suppress(ImportError):                     # Windows has no locks of this kind
+        import fcntl
+        with explained(f"{out}: another process is training there; wait, or choose another --out"):
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    log.seek(0)
+    log.truncate(log.read().rfind(b"\n") + 1)                  # a kill may have torn its last line
+    return log
+
+@contextlib.contextmanager
+def explained(problem):
+    """Whatever goes wrong inside becomes a ValueError of one line: the problem, and in brackets its cause."""
     try:
-        import fcntl                                           # Windows has none
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
-        raise ValueError(f"{out}: another process is training there; wait, or choose another --out") from None
-    with open(os.path.join(out, "log.jsonl"), "a+b") as file:  # whose last line a kill may have torn
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-    return lock
+        yield
+    except Exception as e:                                     # of a broken file, a library, a device
+        cause = " ".join(str(e).split())[:300] or type(e).__name__
+        raise daes.LoadError(f"{problem} ({cause})") from None
 
 # ---------------------------------------------------------------- devices and processes
 def setup(name="auto", precision="auto"):
@@ -696,12 +654,10 @@ def setup(name="auto", precision="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"       # under torchrun: a GPU for each process
-    try:
+    with explained(f"--device {name} cannot be used"):
         if name == "xla":
             import torch_xla  # noqa: F401                     # makes the device known to torch
         device = torch.empty(1, device=name).device
-    except (ImportError, RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with contextlib.suppress(AttributeError, TypeError, OSError):    # glibc is to keep freed memory
@@ -729,8 +685,7 @@ def world():
     if "torch_xla" in sys.modules:                             # imported for --device xla only
         import torch_xla.runtime as xr
         return xr.global_ordinal(), xr.world_size()
-    joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
 
 def my_part(batch):
     """The slice of a batch that this process takes. ValueError where the processes do not divide it."""
@@ -738,16 +693,9 @@ def my_part(batch):
     require(batch % count == 0, f"a batch of {batch} for {count} processes: it must be a multiple of {count}")
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
-def only_first(function):
-    """The function, which does nothing on other processes than the first."""
-    def call(*arguments):
-        if world()[0] == 0:
-            function(*arguments)
-    return call
-
-@only_first
 def say(text):
-    print(printable(text), flush=True)
+    if world()[0] == 0:
+        print(printable(text), flush=True)
 
 def progress_bar(what, done, total):
     return tqdm(total=total, initial=done, desc=what, unit="step", disable=done >= total or world()[0] > 0)
@@ -761,13 +709,14 @@ def average(tensors):
             import torch_xla.core.xla_model as xm
             flat = xm.all_reduce(xm.REDUCE_SUM, flat.to(xla.device()))
         else:
+            flat = flat.to("cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(flat)
         for t, mean in zip(tensors, (flat / count).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
     if xla:
         xla.sync()                                             # a step is two programs, each compiled once
 
-asked = []  # signals that ask to stop: looked at between steps
+asked = []  # the names of signals that ask to stop: looked at between steps
 
 def ask(number, frame):
     """What SIGTERM and Ctrl-C do in training; a second one ends at once."""
@@ -778,10 +727,14 @@ def asked_to_stop():
     """Whether a signal came, to any process: all get the same answer, and so wait here for each other."""
     if world()[1] == 1:
         return bool(asked)
-    cuda = "torch_xla" not in sys.modules and dist.get_backend() == "nccl"
-    flag = torch.tensor([float(len(asked))], device="cuda" if cuda else "cpu")
+    flag = torch.tensor([float(len(asked))])
     average([flag])
     return bool(flag > 0)
+
+def stop(where):
+    """End the program, in which all is saved."""
+    say(f"{asked[0] if asked else 'a signal'}: {where}. The same command goes on from there.")
+    sys.exit()
 
 # ---------------------------------------------------------------- command line
 def values(text):
@@ -796,61 +749,51 @@ def values(text):
 def parse(argv):
     """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
     parser = daes.Parser(description=__doc__)
+    kinds = ("run", "", Run), ("lvae", "", lvae.Config), ("dae", "dae_", daes.Config)
     choices = {"precision": ("auto", "bf16", "fp32"), "compile": ("auto", "yes", "no"),
                "dataset": lvae.PRESETS, "dae_preset": daes.PRESETS}
-    for group, prefix, kind in (("run", "", Run), ("lvae", "", lvae.Config), ("dae", "dae-", daes.Config)):
-        section = parser.add_argument_group(group, "" if kind is Run else "defaults: the preset's")
+    for title, prefix, kind in kinds:
+        section = parser.add_argument_group(title, "" if kind is Run else "defaults: the preset's")
         for f in fields(kind):
-            more = {"type": daes.at_least(f.metadata["low"], type(f.default)), "choices": choices.get(f.name)}
+            number = daes.at_least(f.metadata["low"], type(f.default))
+            more = {"type": {tuple: values, str: str}.get(type(f.default), number)}
             if isinstance(f.default, bool):
                 more = {"action": argparse.BooleanOptionalAction}
-            elif isinstance(f.default, (tuple, str)):
-                more["type"] = values if isinstance(f.default, tuple) else str
+            elif f.name in choices:
+                more["choices"] = choices[f.name]
             text = f.metadata["help"].replace("%", "%%") + (f" ({f.default})" if kind is Run else "")
             if f.name != "first_stage":                        # decided by --dae
-                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), dest=f"{group} {f.name}",
-                                     help=text, default=argparse.SUPPRESS, **more)
-    given = {"run": {}, "lvae": {}, "dae": {}}
-    for name, value in vars(parser.parse_args(argv)).items():
-        group, name = name.split()
-        given[group][name] = value
-    run = Run(**given["run"])
+                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text,
+                                     default=argparse.SUPPRESS, **more)
+    given = vars(parser.parse_args(argv))
+    run, model_options, dae_options = (
+        {f.name: given[prefix + f.name] for f in fields(kind) if prefix + f.name in given}
+        for _, prefix, kind in kinds)
+    run = Run(**run)
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
-    images_only = run.flip or run.val or run.image_size or run.dae in ("train", "none")
+    npz, images_only = run.data.endswith(".npz"), run.flip or run.val or run.image_size
+    stage = run.dae or ("--init's" if run.init else lvae.PRESETS[run.dataset].first_stage)
     source = SOURCES.get(run.dataset.split("-")[0], "a folder of its images")
-    npz, own = run.data.endswith(".npz"), run.data and os.path.realpath(run.data) == os.path.realpath(run.out)
-    stage = run.dae or ("that of --init" if run.init else lvae.PRESETS[run.dataset].first_stage)
     require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: {source}")
-    require(not own, "--out may not be --data")
-    require(stage == "train" and not npz or not given["dae"], "--dae-... options are for --dae train")
-    require(not npz or not images_only,
+    require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
+    require(stage == "train" and not npz or not dae_options, "--dae-... options are for --dae train")
+    require(not npz or not images_only and run.dae not in ("train", "none"),
             "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents")
-    require(run.device != "xla" or run.compile != "yes" and not given["lvae"].get("recompute"),
+    require(run.device != "xla" or run.compile != "yes" and not model_options.get("recompute"),
             "--compile and --recompute are not for XLA devices")
-    return run, given["lvae"], given["dae"]
+    return run, model_options, dae_options
 
 def main(argv=None):
     """The command line; for XLA a process for each device."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
-    asked.clear()
+    arguments = parse(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):                  # only the main thread may
-            signal.signal(number, ask)
+        signal.signal(number, ask)
     if arguments[0].device != "xla":
-        return train_process(0, *arguments)
-    try:
+        return train_both(0, *arguments)
+    with explained("--device xla needs torch_xla and the torch it was built for"):
         import torch_xla
-    except ImportError as e:
-        raise ValueError(f"--device xla needs torch_xla and the torch it was built for ({e})") from None
-    torch_xla.launch(train_process, args=arguments)
-
-def train_process(index, run, model_options, dae_options):
-    """One process of a run."""
-    try:
-        train_both(run, model_options, dae_options)
-    except Stopped as e:
-        say(f"{asked[0] if asked else 'a signal'}: {e}. The same command goes on from there.")
+    torch_xla.launch(train_both, args=arguments)
 
 # ---------------------------------------------------------------- the toy scenes: a data set drawn by code
 SEED, OVERSAMPLE, TOY_COUNT = 1789, 4, 6144
