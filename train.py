@@ -285,7 +285,7 @@ def train_dae(run, config, size, images, rows, lasting, device, dtype):
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     lasting = lasting | {"dae_options": asdict(config)}
     start = daes.read(path) if os.path.exists(path) else {"run": lasting}
-    compare(start.get("run", {}), lasting, path)
+    compare(start.get("run", {}) if isinstance(start, dict) else {}, lasting, path)
     facts = {"run": lasting} | resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} "
@@ -615,6 +615,8 @@ def resume(start, parts, path):
                 for key, value in moments.items():             # in the memory format that fused Adam expects
                     like = parameter if value.shape == parameter.shape else value
                     moments[key] = torch.empty_like(like).copy_(value)
+    if start.get("step"):
+        say(f"resuming {path} at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
 def compare(found, asked, path):
@@ -787,8 +789,8 @@ def parse(argv):
 def main(argv=None):
     """The command line; for XLA a process for each device."""
     arguments = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
+    with contextlib.suppress(ValueError):                      # only the main thread may
+        signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGINT, ask)
     if arguments[0].device != "xla":
         return train_both(0, *arguments)
     with explained("--device xla needs torch_xla and the torch it was built for"):
