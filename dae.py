@@ -350,7 +350,8 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 def check_pickle(data):
-    """Refuse a pickle that would crash torch's reader or keep it busy, by the sizes of what it builds."""
+    """Refuse a pickle that would crash torch's reader or keep it busy: its operations are run on the sizes
+    alone of what they build, and these are added up."""
     stack, marks, memo, work = [], [], {}, 0  # an object is a list of one number, its size
     for operation, value, position in pickletools.genops(data):
         name, takes = operation.name, operation.stack_before
@@ -699,7 +700,7 @@ def cli(main):
         print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last save", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 def main(argv=None):

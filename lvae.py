@@ -233,7 +233,7 @@ class SpectralConv2d(nn.Conv2d):
 
 class Block(nn.Module):
     """The inverted bottleneck (App. B): two k x k convs, then two 1x1 convs that widen by `ffn` (none if 0).
-    It adds its input if channels agree, unless it gives a distribution: then its last conv has a penalty."""
+    It adds its input if channels agree. With a `penalty`, its last conv's spectral weight, it does not."""
     def __init__(self, c, c_out, kernel, ffn, label_dim, scale, penalty=None):
         super().__init__()
         last = conv if penalty is None else partial(SpectralConv2d, penalty=penalty)
@@ -485,12 +485,12 @@ class LVAE(nn.Module):
             x = torch.cat([x, x])                              # two streams: with and without the label
         latents = []
         for level, layers in enumerate(self.levels):
-            given = None if evidence is None else (evidence[0][-1 - level], evidence[1])
+            seen = None if evidence is None else (evidence[0][-1 - level], evidence[1])
             weights = None if guidance is None else guidance[level]
             for layer in layers:
                 if isinstance(layer, TopDownBlock):
                     eps = noise[len(latents)]
-                    x, latent = run_block(config, layer, x, label, eps, given, weights, temperature)
+                    x, latent = run_block(config, layer, x, label, eps, seen, weights, temperature)
                     latents.append(latent)
                 elif isinstance(layer, Resample):
                     x = layer(x, [s * self.sides[level + 1] // r for s in size])

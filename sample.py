@@ -51,7 +51,7 @@ class Sampler:
         self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
         self.folders = self.classes = state["classes"]         # the names of the folders that it learned from
         synsets = all(name[0] == "n" and name[1:].isdigit() for name in self.folders)
-        if self.dataset == "imagenet" and self.config.num_classes == 1000 and synsets:
+        if self.dataset == "imagenet" and synsets and len(self.folders) in (0, 1000):
             names = Path(__file__).parent / "assets" / "imagenet_classes.txt"
             self.classes = names.read_text("utf-8").splitlines()
         self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
@@ -198,7 +198,8 @@ def guidance_settings(sampler, args):
         require(possible or not weights.any(),
                 "guidance needs a class-conditional model, a hierarchical prior, and a label")
     names = ("mean_guidance", "variance_guidance", "temperature")
-    return [dict(zip(names, values)) for values in itertools.product(means, variances, args.temperature)]
+    temperatures = np.atleast_1d(args.temperature).tolist()
+    return [dict(zip(names, values)) for values in itertools.product(means, variances, temperatures)]
 
 def even_labels(classes, n):
     """n labels, as evenly of the classes as can be, in their order: (N,)."""
@@ -257,9 +258,9 @@ def encoded(sampler, images, batch, text=None, limit=None):
 def class_of(sampler, name, x):
     """The class of an image, latents x (C, h, w): its folder, if a class is called so, or the class for which
     x costs the fewest nats."""
-    folder, count = Path(name).absolute().parent.name, sampler.config.num_classes
-    if folder in sampler.folders:
-        return sampler.folders.index(folder)
+    folder, count = Path(name).absolute().parent.name.lower(), sampler.config.num_classes
+    if folder in sampler.numbers() and not folder.isdigit():
+        return sampler.numbers()[folder]
     require(count <= 100, f"{name}: no class is called like its folder: say it with --label")
     x = x.expand(count, -1, -1, -1)
     out = sampler.infer(x, torch.arange(count))
@@ -282,10 +283,14 @@ def generate(sampler, args):
     if not (args.n or args.label):
         classes = classes[:10]
     n, size = args.n or max(16, 8 * len(classes)), sampler.out_size
-    labels, kept = even_labels(classes, n), n if args.npz else min(n, GRID)
+    labels, shown = even_labels(classes, n), np.linspace(0, n - 1, min(n, GRID)).astype(int)
     out = args.out or (None if args.npz or args.png_dir else "samples.png")
     # Where a sample goes. An .npz is shuffled: the Inception Score is taken over consecutive parts.
-    row = np.random.default_rng(args.seed).permutation(n) if args.npz else np.arange(n)
+    row = np.random.default_rng(args.seed).permutation(n)
+    if not args.npz:
+        row[:] = n
+        row[shown] = np.arange(len(shown))
+    kept = n if args.npz else len(shown)
     with shared_array(f"{args.npz or out or args.png_dir}.images.tmp", (kept, size, size, 3)) as array:
         for numbers, images in draw_all(sampler, args, labels, weights):
             for number, image in zip(numbers, images):
@@ -300,7 +305,7 @@ def generate(sampler, args):
             more = {"arr_1": labels[np.argsort(row)]} if sampler.config.num_classes else {}
             daes.write(args.npz, lambda file: np.savez(file, arr_0=array, **more))
         if out:
-            save_samples(sampler, out, [np.array(array[i]) for i in row[:GRID]], labels)
+            save_samples(sampler, out, [np.array(array[i]) for i in row[shown]], labels[shown])
     say(f"{n} samples of {size}x{size} pixels: " + " ".join(filter(None, (args.npz, out, args.png_dir))))
 
 @contextlib.contextmanager
@@ -574,10 +579,12 @@ def made(sampler, args, labels, weights):
     """Batches of samples, or of what the autoencoder, alone or with the LVAE, makes of --data."""
     if not args.reconstruct:
         yield from (images for _, images in draw_all(sampler, args, labels, weights))
-        return
-    for _, x, label in encoded(sampler, find_images(sampler, args.data), args.batch, limit=args.n):
-        alone = args.reconstruct == "autoencoder"
-        yield sampler.decode(x) if alone else sampler.images(sampler.posterior(x, label), label)
+    elif args.reconstruct == "autoencoder":
+        for _, images in batches(find_images(sampler, args.data), args.batch, args.n):
+            yield sampler.decode(sampler.latents(images))
+    else:
+        for _, x, label in encoded(sampler, find_images(sampler, args.data), args.batch, args.label, args.n):
+            yield sampler.images(sampler.posterior(x, label), label)
 
 def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
@@ -589,7 +596,8 @@ def evaluate(sampler, args):
     device = setup(args.device)[0]
     network, settings = load_network(args.features, device), [{}]
     if sampler:
-        settings, size = guidance_settings(sampler, args), args.image_size or sampler.out_size
+        settings = [{}] if args.reconstruct else guidance_settings(sampler, args)
+        size = args.image_size or (sampler.size if args.reconstruct else sampler.out_size)
         # Shuffled, because the Inception Score is taken over consecutive parts.
         order = np.random.default_rng(args.seed).permutation(args.n)
         labels = even_labels(sampler.labels(args.label), args.n)[order]
@@ -768,7 +776,7 @@ GUIDED = [
     CLASSES,
     ("--mean-guidance", weights, None, "w_mu, or one per level, coarsest first (0; ImageNet: the paper's)"),
     ("--variance-guidance", weights, None, "w_sigma, likewise"),
-    ("--temperature", several(amount), [1.0], "multiplies the std of every prior (1)")]
+    ("--temperature", amount, 1.0, "multiplies the std of every prior")]
 FEATURES = ("--features", str, None, f"TorchScript network, such as {NETWORK}")
 LABEL = ("--label", str, None, "the images' class; else the folder's name if it is a class, or the likeliest")
 DATA = ("--data", str, None, "folder of images, LSUN LMDB folder, or 'toy' (what the model was trained on)")

@@ -181,14 +181,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 716, "train": 925, "sample": 843, "test_lvae": 925}, 0
+    budgets, raises = {"lvae": 620, "dae": 717, "train": 931, "sample": 851, "test_lvae": 925}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 232_500
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 233_500
 
 @in_folder()
 def test_copied_alone():
@@ -757,7 +757,9 @@ def test_kinds_of_data():
     config = train.load_checkpoint("new/checkpoint.pt")["config"]
     close([config.shift, config.scale], [3.0, 5.0], 0.05)
     np.savez("nan.npz", latents=X * math.nan)
+    torch.save(dae.Autoencoder(replace(SMALL, z_channels=3)).state_dict(), "pixels.pt")
     refused("finite numbers", training, "--data nan.npz")
+    refused("not for latents of 4", training, LATENTS + "x --dae pixels.pt")
 
 # ---------------------------------------------------------------- training, and nothing lost
 def log_of(out):
@@ -876,8 +878,8 @@ def test_xla():
     if importlib.util.find_spec("torch_xla") is None:
         return print("    not tested: torch_xla is not installed")
     Path("count.py").write_text(XLA)
-    for program, out, device, steps in (("count.py ", "xla", "xla", 20), (TRAIN, "xla", "cpu", 22),
-                                        (TRAIN, "cpu", "cpu", 20), (TRAIN, "cpu", "xla", 22)):
+    for program, out, device, steps in (("count.py ", "xla", "xla", 12), (TRAIN, "xla", "cpu", 14),
+                                        (TRAIN, "cpu", "cpu", 12), (TRAIN, "cpu", "xla", 14)):
         shell(f"{program}{LATENTS}{out} --dae run/dae.pt --every 100 --log-every 2 --device {device} "
               f"--steps {steps}", PJRT_DEVICE="CPU")
     for place, entry in log_of("cpu").items():

@@ -99,48 +99,53 @@ def log(run, stage, step, stats):
     """Append to log.jsonl, in one write; of a step run twice the later line counts."""
     entry = {"stage": stage, "step": step}
     for name, value in stats.items():
-        entry[name] = np.round(value.tolist() if torch.is_tensor(value) else value, 5).tolist()
+        entry[name] = np.round(value.tolist() if torch.is_tensor(value) else value, 7).tolist()
     if world()[0] == 0:
         with open(os.path.join(run.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(entry) + "\n")
 
 # ---------------------------------------------------------------- what happens in which order
-PASSING = {"out", "device", "precision", "compile", "log_every", "every", "dae_preset"}    # may change
+MAY_CHANGE = {"out", "device", "precision", "compile", "log_every", "every", "dae_preset"}    # may change
 
 def train_both(index, run, model_options, dae_options):
-    """One process of a run: first stage, latents and second stage, or what is left of them to do."""
+    """One process (XLA's `index`) of a run: first stage, latents, second stage, or what is left of them."""
+    with contextlib.suppress(ValueError):                      # only the main thread may
+        signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGINT, ask)
     device, dtype = setup(run.device, run.precision)
     path, npz = os.path.join(run.out, "checkpoint.pt"), run.data.endswith(".npz")
-    lasting = {name: value for name, value in asdict(run).items() if name not in PASSING}
-    lasting["dae_options"] = dae_options
-    start = starting_point(run, path, npz, lasting | model_options) | {"run": lasting}
+    must_match = {name: value for name, value in asdict(run).items() if name not in MAY_CHANGE}
+    must_match["dae_options"] = dae_options
+    start = starting_point(run, path, npz, must_match | model_options) | {"run": must_match}
     ae, trains = autoencoder_of(start, run.init or path), start["config"].first_stage == "train"
-    require(ae or npz or trains, f"{run.init} holds no autoencoder: name one with --dae FILE")
+    require(ae or npz or trains, f"{run.init or '--dae latents'}: no autoencoder: name one with --dae FILE")
     if npz:
         ae = ae and place(ae, device)                          # only for pictures
         data = read_latents(run.data, run.holdout)
-        shape, classes = data.h.shape[2:], int(data.labels.max()) + 1 if data.labels.any() else 0
+        shape, classes = data.h.shape[2:], 0 if data.labels is None else int(data.labels.max()) + 1
+        require(not ae or ae.config.z_channels == shape[0], f"--dae: not for latents of {shape[0]} channels")
     else:
-        stage = ae.config if ae else replace(daes.PRESETS[run.dae_preset], **dae_options)
-        size = run.image_size or start["config"].resolution * stage.f
+        ae_config = ae.config if ae else replace(daes.PRESETS[run.dae_preset], **dae_options)
+        f, size = ae_config.f, run.image_size or start["config"].resolution * ae_config.f
         images, rows = open_data(run, size, start["classes"])
-        shape, classes = (stage.z_channels, size / stage.f, size / stage.f), len(images.classes)
+        shape, classes = (ae_config.z_channels, size / f, size / f), len(images.classes)
     config = fitted(run, start, model_options, shape, classes)
     with claim(run.out):                                       # only now: what was asked for fits
         if not npz:
-            ae = ae or train_dae(run, stage, size, images, rows[0], lasting, device, dtype)
+            ae = ae or train_dae(run, ae_config, size, images, rows[0], must_match, device, dtype)
             place(ae, device)                                  # channels-last: only training is slower so
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not config.scale:
             config = with_statistics(data, config)
         train_lvae(run, config, ae, data, start, device, dtype)
 
-def starting_point(run, path, npz, asked):
-    """What a run goes on from, as load_checkpoint has it: its own checkpoint, of the options `asked` for; or
-    --init's model; or a preset, then without "model". A scale of 0 is to be measured. Raises ValueError."""
+def starting_point(run, path, npz, options):
+    """What a run goes on from, as load_checkpoint has it: its own checkpoint, if `options` are those that it
+    began with; or --init's model, with its autoencoder or that of --dae; or a preset, with the autoencoder
+    that it or --dae names and without "model". A scale of 0 is to be measured. Raises ValueError."""
     if os.path.exists(path):
         start = load_checkpoint(path)
-        compare(start["run"] | asdict(start["config"]), asked, path)
+        was_measured = {"scale": start["config"].scale} if options.get("scale") == 0 else {}
+        compare(start["run"] | asdict(start["config"]), options | was_measured, path)
         return start
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
     if run.init:
@@ -149,12 +154,12 @@ def starting_point(run, path, npz, asked):
         start = {name: known[name] for name in start} | {"model": known["ema"], "ema": known["ema"]}
     if start["dae"] and not run.dae:
         return start
-    config = start["config"]
+    config, other_latents = start["config"], bool(start["dae"])              # than those that --init knows
     name = run.dae or ("latents" if npz else config.first_stage)
     start["dae"] = {} if name in ("train", "none", "latents") else daes.load(name).state_dict()
     if name == "none":
         config = replace(config, shift=127.5, scale=127.5)
-    elif name == "train" or run.init and run.dae:              # other latents than the preset's or --init's
+    elif name == "train" or other_latents:
         config = replace(config, scale=0.0)
     return start | {"config": replace(config, first_stage=name)}
 
@@ -199,8 +204,9 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     model = place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
-    facts = {"config": asdict(config), "classes": data.classes, "run": start["run"],
-             "dataset": start["dataset"]} | resume(start, parts, run.init or path)
+    classes = data.classes if config.num_classes else []
+    facts = {"config": asdict(config), "classes": classes, "run": start["run"],
+             "dataset": start["dataset"]} | resume(start, parts, path if start.get("step") else run.init)
     long = device.type == "cuda" and config.steps - facts["step"] >= 500
     if run.compile == "yes" or run.compile == "auto" and long:
         model.compile(dynamic=False)
@@ -258,7 +264,7 @@ def save_pictures(run, model, ae, data, step, device):
     low_res = lvae.shrink(x, config) if config.upsample else None
     rebuilt = model.generate(model.encode(x, label, None, low_res), label, low_res=low_res)
     rows, names, guidance = 1 if config.upsample else min(config.num_classes, 10) or 8, [], {}
-    if config.num_classes:
+    if config.num_classes and not config.upsample:
         label, names = torch.arange(rows, device=device).repeat_interleave(8), data.classes[:rows]
     if config.num_classes and config.hierarchical_prior:
         guidance = {"mean_guidance": lvae.guidance_levels(config, 1.5), "variance_guidance": 1.0}
@@ -269,7 +275,7 @@ def save_pictures(run, model, ae, data, step, device):
                  [to_uint8(ae.decode(part)) for part in parts], ["encoded", "LVAE", *names])
 
 # ---------------------------------------------------------------- stage one: the autoencoder
-def train_dae(run, config, size, images, rows, lasting, device, dtype):
+def train_dae(run, config, size, images, rows, must_match, device, dtype):
     """Train an autoencoder on rows of images (Section 3.1), on every process; resumes from OUT/dae.pt."""
     require(not config.codebook, "--dae train trains KL autoencoders, not VQ ones: --dae-codebook 0")
     require(size >= 32 or not config.adversarial_weight,
@@ -283,10 +289,10 @@ def train_dae(run, config, size, images, rows, lasting, device, dtype):
         parts["discriminator"] = daes.Discriminator().to(device)
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-    lasting = lasting | {"dae_options": asdict(config)}
-    start = daes.read(path) if os.path.exists(path) else {"run": lasting}
-    compare(start.get("run", {}) if isinstance(start, dict) else {}, lasting, path)
-    facts = {"run": lasting} | resume(start, everything, path)
+    must_match = must_match | {"dae_options": asdict(config)}
+    start = daes.read(path) if os.path.exists(path) else {"run": must_match}
+    compare(start.get("run", {}) if isinstance(start, dict) else {}, must_match, path)
+    facts = {"run": must_match} | resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} "
         f"of {len(rows)} images, {size}x{size}" + ("" if perceptual else "; no lpips, no perceptual term"))
@@ -326,7 +332,7 @@ def read_ahead(read, items, ahead=4):
             waiting.extend(pool.submit(read, item) for item in itertools.islice(items, 1))
 
 # ---------------------------------------------------------------- from images to latents
-# Raw latents (N, views, C, h, w); labels (N,), 0 without classes; rows to train on and held out; class names.
+# Raw latents (N, views, C, h, w); labels (N,) or None; the rows to train on and held out; the classes' names.
 Data = namedtuple("Data", "h labels train held classes")
 
 def load_batch(data, rows, config, device, view=0):
@@ -340,11 +346,12 @@ def read_latents(path, holdout):
     with explained(f"{path}: expected an .npz with an array named latents, finite numbers (N, C, H, H), and "
                    "perhaps labels, N integers from 0 up"), np.load(path, allow_pickle=False) as file:
         h = file["latents"]
-        labels = file["labels"] if "labels" in file else np.zeros(len(h), int)
-        require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12
-                and labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6,
-                f"they are {h.dtype} {h.shape}, the labels {labels.dtype} {labels.shape}")
-    return Data(h[:, None], labels.astype(np.int64), *split(len(h), holdout), [])
+        fits = h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12
+        require(fits, f"they are {h.dtype} {h.shape}")
+        labels = file["labels"].astype(np.int64) if "labels" in file else None
+        if labels is not None:
+            require(labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6, "not the labels")
+    return Data(h[:, None], labels, *split(len(h), holdout), [])
 
 def encode_all(run, ae, size, images, rows, device, dtype):
     """Encode all images, once -> Data. The first process encodes, the others wait. The latents stay in OUT,
@@ -620,7 +627,7 @@ def resume(start, parts, path):
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
 def compare(found, asked, path):
-    """A run resumes with the options it began with; only the number of steps may differ. ValueError."""
+    """A run resumes with the options it began with; only the LVAE's steps may differ. Raises ValueError."""
     for name, value in asked.items():
         require(name == "steps" or found.get(name) == value,
                 f"{path} was trained with {name} = {found.get(name)}, asked for {value}: give the same "
@@ -687,7 +694,8 @@ def world():
     if "torch_xla" in sys.modules:                             # imported for --device xla only
         import torch_xla.runtime as xr
         return xr.global_ordinal(), xr.world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # torchrun's
+    count = int(os.environ.get("WORLD_SIZE", 1))               # torchrun's
+    return int(os.environ["RANK"]) if count > 1 else 0, count
 
 def my_part(batch):
     """The slice of a batch that this process takes. ValueError where the processes do not divide it."""
@@ -789,8 +797,6 @@ def parse(argv):
 def main(argv=None):
     """The command line; for XLA a process for each device."""
     arguments = parse(argv)
-    with contextlib.suppress(ValueError):                      # only the main thread may
-        signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGINT, ask)
     if arguments[0].device != "xla":
         return train_both(0, *arguments)
     with explained("--device xla needs torch_xla and the torch it was built for"):
