@@ -1,6 +1,6 @@
 """Train the two stages: an autoencoder (dae.py), then a hierarchical VAE on its latents (lvae.py).
 
-    python train.py                                              # built-in toy scenes, a laptop, 10 minutes
+    python train.py                                              # built-in toy scenes, a laptop, 15 minutes
     python train.py --data photos/                               # a folder of images; sub-folders are classes
     python train.py --data photos/ --dae kl-f8 --image-size 256  # latents of an official autoencoder
     python train.py --data latents.npz                           # latents of any other autoencoder
