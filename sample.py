@@ -35,8 +35,8 @@ from tqdm import tqdm
 import dae as daes
 import lvae
 from dae import at_least, cli, require, to_tensor, to_uint8
-from train import (asked_to_stop, autoencoder_of, image_files, list_images, load_checkpoint, open_images,
-                   place, relabel, save_picture, say, setup, world)
+from train import (asked_to_stop, autoencoder_of, explained, image_files, list_images, load_checkpoint,
+                   open_images, place, relabel, save_picture, say, setup, world)
 
 # ---------------------------------------------------------------- the model
 class Sampler:
@@ -115,9 +115,10 @@ class Sampler:
 
     def infer(self, x, label, draw=False):
         """Latents x (B, C, h, w) -> the model's Output, of the posterior's means or of a draw from it."""
-        means = [torch.zeros(len(x), *shape, device=self.device) for shape in self.model.latent_shapes()]
+        shapes = self.model.latent_shapes()
+        noise = None if draw else [torch.zeros(len(x), *shape, device=self.device) for shape in shapes]
         with lvae.autocast(self.device, self.dtype):
-            return self.model(x, self.known(label), None if draw else means)
+            return self.model(x, self.known(label), noise)
 
     def posterior(self, x, label):
         """Latents x (B, C, h, w) -> the whitened noise of the posterior's means, a list of (B, z, h, w)."""
@@ -245,10 +246,11 @@ def encoded(sampler, images, batch, text=None, limit=None):
     count = sampler.config.num_classes
     if count and not text and images.classes and (sampler.folders or len(images.classes) > count):
         relabel(images, sampler.folders, "the images")
+    named = sampler.label(text) if text and count else None
     for rows, some in batches(images, batch, limit):
         x = sampler.latents(some)
-        if text and count:
-            labels = [sampler.label(text)] * len(x)
+        if named is not None:
+            labels = [named] * len(x)
         elif images.classes or not count:
             labels = images.labels[rows]
         else:
@@ -258,9 +260,9 @@ def encoded(sampler, images, batch, text=None, limit=None):
 def class_of(sampler, name, x):
     """The class of an image, latents x (C, h, w): its folder, if a class is called so, or the class for which
     x costs the fewest nats."""
-    folder, count = Path(name).absolute().parent.name.lower(), sampler.config.num_classes
-    if folder in sampler.numbers() and not folder.isdigit():
-        return sampler.numbers()[folder]
+    folder, count, numbers = Path(name).absolute().parent.name, sampler.config.num_classes, sampler.numbers()
+    if folder.lower() in numbers and not folder.isdigit():
+        return numbers[folder.lower()]
     require(count <= 100, f"{name}: no class is called like its folder: say it with --label")
     x = x.expand(count, -1, -1, -1)
     out = sampler.infer(x, torch.arange(count))
@@ -286,11 +288,11 @@ def generate(sampler, args):
     labels, shown = even_labels(classes, n), np.linspace(0, n - 1, min(n, GRID)).astype(int)
     out = args.out or (None if args.npz or args.png_dir else "samples.png")
     # Where a sample goes. An .npz is shuffled: the Inception Score is taken over consecutive parts.
-    row = np.random.default_rng(args.seed).permutation(n)
-    if not args.npz:
-        row[:] = n
-        row[shown] = np.arange(len(shown))
-    kept = n if args.npz else len(shown)
+    if args.npz:
+        row, kept = np.random.default_rng(args.seed).permutation(n), n
+    else:
+        row, kept = np.full(n, n), len(shown)                  # most go nowhere
+        row[shown] = np.arange(kept)
     with shared_array(f"{args.npz or out or args.png_dir}.images.tmp", (kept, size, size, 3)) as array:
         for numbers, images in draw_all(sampler, args, labels, weights):
             for number, image in zip(numbers, images):
@@ -414,7 +416,8 @@ def outpaint(sampler, args):
         fresh = sampler.noise(args.seed, [number], size)
         noise = [around(latent.z, eps) for latent, eps in zip(latents, fresh)]
         outpainted.extend(sampler.images(noise, label, size=size))
-    row = [*images, *sampler.images(sampler.posterior(x, label), label), *outpainted]
+    back = sampler.images([lvae.whiten(latent.z, latent.prior) for latent in latents], label)
+    row = [*images, *back, *outpainted]
     save_grid(args.out, [row], column_names=["image", "reconstruction", *["outpainted"] * args.n])
     say(f"{args.out}: {args.n} of {row[-1].shape[1]}x{row[-1].shape[0]} pixels")
 
@@ -445,27 +448,18 @@ def rates(sampler, args):
 # ---------------------------------------------------------------- metrics
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
-@contextlib.contextmanager
-def reading(path, expected):
-    """Whatever a damaged or foreign file provokes is one line that says what was expected."""
-    try:
-        yield
-    except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[-1][:120]
-        raise ValueError(f"{path}: expected {expected} ({reason})") from None
-
 def load_network(path, device):
     """A TorchScript network of uint8 (B, 3, H, W) -> a function of uint8 (B, H, W, 3), which gives features
     (B, D) and class probabilities (B, K) or None. The network gives features, or features and logits; one
     with NETWORK's two options gives features with the first, probabilities with the second."""
-    with reading(path or "--features", f"a TorchScript network, such as {NETWORK}"):
+    with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         options = {argument.name for argument in net.forward.schema.arguments}
 
     @torch.no_grad()
     def network(images):
         x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).contiguous()
-        with reading(path, f"a network for uint8 images {tuple(x.shape)}"):
+        with explained(f"{path}: expected a network for uint8 images {tuple(x.shape)}"):
             if {"return_features", "no_output_bias"} <= options:
                 out = net(x, return_features=True), net(x, no_output_bias=True)
             else:
@@ -505,7 +499,7 @@ def precision_recall(reference, samples, device, k=3):
 
 def npz_images(path, batch):
     """arr_0 of an .npz, batches of uint8 (B, H, W, 3), piece by piece: it may be larger than memory."""
-    with reading(path, "arr_0, uint8 (N, H, W, 3)"), zipfile.ZipFile(path) as archive:
+    with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3)"), zipfile.ZipFile(path) as archive:
         file = archive.open("arr_0.npy")
         major, minor = np.lib.format.read_magic(file)
         shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
@@ -520,7 +514,7 @@ def common_side(paths):
     """The side at which images are compared: an .npz's, if one says it, else that of all those in folders."""
     sides, folders = set(), [path for path in paths if not path.endswith(".npz")]
     for path in [path for path in paths if path not in folders]:
-        with reading(path, "an .npz"), np.load(path) as file:
+        with explained(f"{path}: expected an .npz"), np.load(path) as file:
             if "arr_0" in file.files:
                 return next(npz_images(path, 1)).shape[1]
             if "side" in file.files:
@@ -553,7 +547,7 @@ def statistics(path, network, batch, size):
     if not path.endswith(".npz"):
         parts = batches(open_images(path, size), batch)
         return described((some for _, some in parts), network, shuffle=True)
-    with reading(path, "an .npz with arr_0 (images), or finite mu and sigma"), np.load(path) as file:
+    with explained(f"{path}: expected arr_0 (images), or finite mu and sigma"), np.load(path) as file:
         names, images = {"mu", "sigma", "features", "probabilities", "saturation", "side"}, "arr_0" in file
         given = {name: file[name] for name in names & set(file)}
         require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
@@ -564,7 +558,7 @@ def compared(found, reference, device):
     """The metrics that two sets of statistics allow; reference may be empty."""
     row = {}
     if reference:
-        with reading("--reference", f"statistics of {len(found['mu'])} features, as --features gives"):
+        with explained(f"--reference: expected {len(found['mu'])} features' statistics, as --features gives"):
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
     if "probabilities" in found:
         row["IS"] = inception_score(found["probabilities"])

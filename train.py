@@ -115,8 +115,8 @@ def train_both(index, run, model_options, dae_options):
     path, npz = os.path.join(run.out, "checkpoint.pt"), run.data.endswith(".npz")
     must_match = {name: value for name, value in asdict(run).items() if name not in MAY_CHANGE}
     must_match["dae_options"] = dae_options
-    start = starting_point(run, path, npz, must_match | model_options) | {"run": must_match}
-    ae, trains = autoencoder_of(start, run.init or path), start["config"].first_stage == "train"
+    start, ae = starting_point(run, path, npz, must_match | model_options)
+    start, trains = start | {"run": must_match}, start["config"].first_stage == "train"
     require(ae or npz or trains, f"{run.init or '--dae latents'}: no autoencoder: name one with --dae FILE")
     if npz:
         ae = ae and place(ae, device)                          # only for pictures
@@ -140,28 +140,28 @@ def train_both(index, run, model_options, dae_options):
 
 def starting_point(run, path, npz, options):
     """What a run goes on from, as load_checkpoint has it: its own checkpoint, if `options` are those that it
-    began with; or --init's model, with its autoencoder or that of --dae; or a preset, with the autoencoder
-    that it or --dae names and without "model". A scale of 0 is to be measured. Raises ValueError."""
+    began with; or --init's model; or a preset, then without "model". A scale of 0 is to be measured. And its
+    autoencoder: the one in there, unless --dae names another; None where it is to be trained or there is
+    none. Raises ValueError."""
     if os.path.exists(path):
         start = load_checkpoint(path)
         was_measured = {"scale": start["config"].scale} if options.get("scale") == 0 else {}
         compare(start["run"] | asdict(start["config"]), options | was_measured, path)
-        return start
+        return start, autoencoder_of(start, path)
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
     if run.init:
         known = load_checkpoint(run.init)
         require(run.dataset in ("toy", known["dataset"]), f"{run.init} is a model of {known['dataset']}")
         start = {name: known[name] for name in start} | {"model": known["ema"], "ema": known["ema"]}
     if start["dae"] and not run.dae:
-        return start
-    config, other_latents = start["config"], bool(start["dae"])              # than those that --init knows
-    name = run.dae or ("latents" if npz else config.first_stage)
-    start["dae"] = {} if name in ("train", "none", "latents") else daes.load(name).state_dict()
+        return start, autoencoder_of(start, run.init)
+    config, name = start["config"], run.dae or ("latents" if npz else start["config"].first_stage)
+    ae = daes.Identity() if name == "none" else None if name in ("train", "latents") else daes.load(name)
     if name == "none":
         config = replace(config, shift=127.5, scale=127.5)
-    elif name == "train" or other_latents:
+    elif name == "train" or start["dae"]:                      # other latents than --init's
         config = replace(config, scale=0.0)
-    return start | {"config": replace(config, first_stage=name)}
+    return start | {"config": replace(config, first_stage=name)}, ae
 
 def autoencoder_of(state, path):
     """The autoencoder of a checkpoint; None if there is none in it."""
