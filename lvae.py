@@ -84,7 +84,7 @@ class Config:
                 raise ValueError(f"config: {name} {value} ({known[name]['help']}; levels {sides})")
         known = {f.name: f.metadata for f in fields(self)}
         for name in (*PER_LEVEL, "kl_schedule"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))       # lists come back from files
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists come back from files
         for name, value in vars(self).items():
             values = value if isinstance(value, tuple) else [value]
             need(name, all(isinstance(v, str) or known[name]["low"] <= v < math.inf for v in values))
@@ -176,7 +176,7 @@ def denormalise(x, config):
 # ---------------------------------------------------------------- Gaussians (always fp32)
 def autocast(device, dtype):
     """Convs and linear layers in bf16 if that is `dtype`; Gaussians, KL and losses always stay fp32."""
-    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"    # meta has none
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # meta has none
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 Gaussian = namedtuple("Gaussian", "mean var")                  # (B, z, H, W) each
@@ -340,7 +340,7 @@ class TopDownBlock(nn.Module):
         self.z_dim, self.hierarchical = config.z_dim, config.hierarchical_prior
         prior_out = c + 2 * config.z_dim if self.hierarchical else c
         kernel = 3 if side > 1 else 1
-        penalty = side if self.hierarchical else 0             # nothing to penalise in a standard normal
+        penalty = side if self.hierarchical else 0  # nothing to penalise in a standard normal
         self.prior_block = Block(c, prior_out, kernel, ffn, label_dim, 1e-10, penalty)
         self.actsproj = conv(c + c_encoder, c)
         self.posterior_block = Block(c, 2 * config.z_dim, kernel, ffn, label_dim, 1.0, side)
@@ -370,7 +370,7 @@ class TopDownBlock(nn.Module):
             eps = eps(source)
         z = source.mean + temperature * source.var.sqrt() * eps   # (B, z, H, W)
         zs = z if guidance is None else torch.cat([z, z])
-        x = h + self.zproj(zs) + x                             # h first: the sum keeps channels-last
+        x = h + self.zproj(zs) + x  # h first: the sum keeps channels-last
         return self.shared_block(x, label), Latent(prior, posterior, z)
 
 # ---------------------------------------------------------------- the model
@@ -383,16 +383,16 @@ class LVAE(nn.Module):
         super().__init__()
         self.config = config
         sides, widths = resolutions(config), [config.width * m for m in config.mult]
-        self.sides = sides[::-1]                               # coarsest first, as self.levels
+        self.sides = sides[::-1]  # coarsest first, as self.levels
         label_dim = widths[-1] if config.num_classes else 0
         scale = 1 / math.sqrt(sum(config.groups))
-        self.embedding = nn.Embedding(config.num_classes + 1, label_dim) if label_dim else None   # + "none"
+        self.embedding = nn.Embedding(config.num_classes + 1, label_dim) if label_dim else None  # + "none"
         self.encoder = Encoder(config)
         if config.upsample:
             self.low_res_proj = conv(config.data_channels, widths[-1])
         else:
             self.initial = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
-        self.levels = nn.ModuleList()                          # coarsest first
+        self.levels = nn.ModuleList()  # coarsest first
         for i in reversed(range(len(sides))):
             layers, c, c_encoder = nn.ModuleList(), widths[i], config.encoder_width * config.mult[i]
             positions = attention_positions(config.groups[i], config.attention_layers[i])
@@ -449,7 +449,7 @@ class LVAE(nn.Module):
                    for w in (mean_guidance, variance_guidance)]
         if any(len(w) != len(self.levels) for w in weights):
             raise ValueError(f"guidance takes a number, or one per level: {len(self.levels)}")
-        guidance = list(zip(*weights)) if any(map(any, weights)) else None       # a pair per level
+        guidance = list(zip(*weights)) if any(map(any, weights)) else None  # a pair per level
         if guidance is not None and (label is None or not self.config.num_classes):
             raise ValueError("guidance needs a class-conditional model and a label")
         label = self._embed(label, n)
@@ -470,7 +470,7 @@ class LVAE(nn.Module):
         noise = [None] * sum(config.groups) if noise is None else list(noise)
         wide = [[r * s // h for s in eps.shape[2:]] for eps, (_, h, _) in zip(noise, self.latent_shapes())
                 if torch.is_tensor(eps) and h > 1]
-        size = size or (wide or [(r, r)])[0]                   # a given noise tells the size of its data
+        size = size or (wide or [(r, r)])[0]  # a given noise tells the size of its data
         shapes = self.latent_shapes(size)
         if len(noise) != len(shapes):
             raise ValueError(f"noise has {len(noise)} entries, expected one per group: {len(shapes)}")
@@ -482,7 +482,7 @@ class LVAE(nn.Module):
                 raise ValueError(f"noise or low_res of shape {tuple(tensor.shape)}, expected {(n, *shape)}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
         if guidance is not None:
-            x = torch.cat([x, x])                              # two streams: with and without the label
+            x = torch.cat([x, x])  # two streams: with and without the label
         latents = []
         for level, layers in enumerate(self.levels):
             seen = None if evidence is None else (evidence[0][-1 - level], evidence[1])
@@ -520,7 +520,7 @@ def kl_shares(config):
     if kind == "shifted_exp":
         steps = torch.linspace(0, math.log(values[0]), sum(config.groups), dtype=torch.float64)
         shares = steps.exp() + values[1]
-    else:                                                      # constant_per, finest level first, or none
+    else:  # constant_per, finest level first, or none
         values = torch.tensor(values or [1] * len(config.groups), dtype=torch.float64)
         shares = values.repeat_interleave(torch.tensor(config.groups)).flip(0)
     return (66.7 * shares / shares.sum()).float()
@@ -530,7 +530,7 @@ def kl_weights(kl, shares):
     """KL scheduling (Luhman & Luhman, 2022): each group's weight, from its share of each sample's total KL.
     kl (L, B) nats; shares (L,) percent. With a = share x total: below a the weight falls to 0.1, so that the
     group may use more; between a and 2a it is 1; it rises to 2 at 3a. No gradient passes. Returns (L, B)."""
-    share = kl / (shares.to(kl.device)[:, None] / 100 * kl.sum(0)).clamp_min(1e-20)          # in units of a
+    share = kl / (shares.to(kl.device)[:, None] / 100 * kl.sum(0)).clamp_min(1e-20)  # in units of a
     return torch.where(share < 1, share.clamp_min(0.1), 1 + (share - 2).clamp(0, 1))
 
 # Means over a batch, nats per sample; `loss` is minimised. rate: the sum of kl (L,); spectral: weighted.
@@ -580,7 +580,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if average is not None:
         average(gradients)
-    norm = float(torch.nn.utils.get_total_norm(gradients))     # the only look from the host
+    norm = float(torch.nn.utils.get_total_norm(gradients))  # the only look from the host
     limit = config.skip_threshold * config.data_channels * config.resolution ** 2 if step > 1000 else math.inf
     good = math.isfinite(norm) and norm <= limit
     left, fall = max(0, config.steps - step + 1), config.lr_decay * config.steps
@@ -588,7 +588,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     if good:
         optimizer.param_groups[0]["lr"].copy_(torch.tensor([rate]))
         optimizer.step()
-        decay = min(config.ema, (1 + step) / (10 + step))      # warmed up: early weights are chance
+        decay = min(config.ema, (1 + step) / (10 + step))  # warmed up: early weights are chance
         weight = torch.tensor([1 - decay]).to(device)
         with torch.no_grad():
             for mine, current in zip(ema.parameters(), model.parameters()):

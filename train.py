@@ -5,19 +5,16 @@
     python train.py --data photos/ --dae kl-f8 --image-size 256  # latents of an official autoencoder
     python train.py --data latents.npz                           # latents of any other autoencoder
     python train.py --dataset church --data church_outdoor_train_lmdb      # the paper's, Table 5
-    python train.py --dataset church --data DATA --init church             # on from the authors' weights
     torchrun --nproc-per-node 8 train.py --dataset church --data DATA      # the same curve on eight GPUs
 
 A run's folder, runs/NAME or --out, holds checkpoint.pt (all that sampling or resuming needs), log.jsonl and
-samples/*.png. The same command again resumes, on a CPU to the last bit. Reads from the whole to its parts:
-options, loop, order of events, the stages, latents, images, files, devices, command line, toy scenes.
+samples/*.png. The same command again resumes, on a CPU to the last bit.
 """
 import argparse
 import atexit
 import contextlib
 import copy
 import ctypes
-import glob
 import hashlib
 import itertools
 import json
@@ -25,18 +22,18 @@ import os
 import signal
 import sys
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import dae as daes
@@ -66,16 +63,15 @@ class Run:
 
 # ---------------------------------------------------------------- the loop of both stages
 def loop(run, stage, steps, path, facts, parts, update, look):
-    """Train a stage from facts["step"] to `steps`, and keep facts and parts in the checkpoint `path`. A step
-    is update(step), which gives named statistics, "skipped" among them; look(step) shows what was learnt.
-    After a signal it saves and ends the program. Raises ValueError if it diverges."""
-    bar, in_a_row = progress_bar(stage, facts["step"], steps), 0
-    if facts["step"] == 0:
+    """Train a stage from facts["step"] to `steps`, keeping facts and parts in the file `path`: update(step)
+    gives named statistics, look(step) shows what was learnt. ValueError if it diverges."""
+    done, in_a_row = facts["step"], 0
+    if done == 0:
         save_checkpoint(path, facts, parts)
-    for step in range(facts["step"] + 1, steps + 1):
-        seed_step(run.seed, step)                              # all that is random is of (seed, step)
+    bar = progress(range(done + 1, steps + 1), stage, done, steps)
+    for step in bar:
+        seed_step(run.seed, step)  # all that is random is of (seed, step)
         stats = update(step)
-        bar.update()
         in_a_row = in_a_row + 1 if stats["skipped"] else 0
         require(in_a_row < 100, f"100 steps in a row of the {stage} skipped: lower its learning rate")
         stats["skipped"] += facts["skipped"]
@@ -89,8 +85,8 @@ def loop(run, stage, steps, path, facts, parts, update, look):
             save_checkpoint(path, facts, parts)
             if stopping and not last:
                 stop(f"saved at step {step} of the {stage}")
-            look(step)
-    bar.close()
+            if world()[0] == 0:
+                look(step)
 
 def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
@@ -105,21 +101,19 @@ def log(run, stage, step, stats):
             file.write(json.dumps(entry) + "\n")
 
 # ---------------------------------------------------------------- what happens in which order
-MAY_CHANGE = {"out", "device", "precision", "compile", "log_every", "every", "dae_preset"}    # may change
-
 def train_both(index, run, model_options, dae_options):
     """One process (XLA's `index`) of a run: first stage, latents, second stage, or what is left of them."""
-    with contextlib.suppress(ValueError):                      # only the main thread may
+    with contextlib.suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGINT, ask)
     device, dtype = setup(run.device, run.precision)
-    path, npz = os.path.join(run.out, "checkpoint.pt"), run.data.endswith(".npz")
-    must_match = {name: value for name, value in asdict(run).items() if name not in MAY_CHANGE}
+    may_change = {"out", "device", "precision", "compile", "log_every", "every", "dae_preset"}
+    must_match = {name: value for name, value in asdict(run).items() if name not in may_change}
     must_match["dae_options"] = dae_options
-    start, ae = starting_point(run, path, npz, must_match | model_options)
-    start, trains = start | {"run": must_match}, start["config"].first_stage == "train"
-    require(ae or npz or trains, f"{run.init or '--dae latents'}: no autoencoder: name one with --dae FILE")
+    start, ae = starting_point(run, must_match | model_options)
+    start["run"], npz = must_match, run.data.endswith(".npz")
+    require(ae or npz or start["config"].first_stage == "train", "no autoencoder: name one with --dae FILE")
     if npz:
-        ae = ae and place(ae, device)                          # only for pictures
+        ae = ae and place(ae, device)  # only for pictures
         data = read_latents(run.data, run.holdout)
         shape, classes = data.h.shape[2:], 0 if data.labels is None else int(data.labels.max()) + 1
         require(not ae or ae.config.z_channels == shape[0], f"--dae: not for latents of {shape[0]} channels")
@@ -129,24 +123,24 @@ def train_both(index, run, model_options, dae_options):
         images, rows = open_data(run, size, start["classes"])
         shape, classes = (ae_config.z_channels, size / f, size / f), len(images.classes)
     config = fitted(run, start, model_options, shape, classes)
-    with claim(run.out):                                       # only now: what was asked for fits
+    with claim(run.out):  # only now: what was asked for fits
         if not npz:
             ae = ae or train_dae(run, ae_config, size, images, rows[0], must_match, device, dtype)
-            place(ae, device)                                  # channels-last: only training is slower so
+            place(ae, device)  # channels-last: only training is slower so
             data = encode_all(run, ae, size, images, rows, device, dtype)
-        if not config.scale:
-            config = with_statistics(data, config)
+        if not config.scale:  # to be measured on up to 10,000 of the latents
+            h = data.h[data.train[::max(1, len(data.train) // 10_000)], 0].astype(np.float32)
+            require(h.std() > 0, "nothing to learn from: all images are the same")
+            config = replace(config, shift=float(h.mean()), scale=float(h.std()))
         train_lvae(run, config, ae, data, start, device, dtype)
 
-def starting_point(run, path, npz, options):
-    """What a run goes on from, as load_checkpoint has it: its own checkpoint, if `options` are those that it
-    began with; or --init's model; or a preset, then without "model". A scale of 0 is to be measured. And its
-    autoencoder: the one in there, unless --dae names another; None where it is to be trained or there is
-    none. Raises ValueError."""
+def starting_point(run, options):
+    """What a run goes on from, as load_checkpoint has it: its own checkpoint, --init's model, or a preset,
+    then without "model". And its autoencoder, None if it is to be trained or there is none. ValueError."""
+    path = os.path.join(run.out, "checkpoint.pt")
     if os.path.exists(path):
         start = load_checkpoint(path)
-        was_measured = {"scale": start["config"].scale} if options.get("scale") == 0 else {}
-        compare(start["run"] | asdict(start["config"]), options | was_measured, path)
+        compare(start["run"] | asdict(start["config"]), options, path)
         return start, autoencoder_of(start, path)
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
     if run.init:
@@ -155,13 +149,14 @@ def starting_point(run, path, npz, options):
         start = {name: known[name] for name in start} | {"model": known["ema"], "ema": known["ema"]}
     if start["dae"] and not run.dae:
         return start, autoencoder_of(start, run.init)
-    config, name = start["config"], run.dae or ("latents" if npz else start["config"].first_stage)
-    ae = daes.Identity() if name == "none" else None if name in ("train", "latents") else daes.load(name)
+    config = start["config"]
+    name = run.dae or ("latents" if run.data.endswith(".npz") else config.first_stage)
     if name == "none":
-        config = replace(config, shift=127.5, scale=127.5)
-    elif name == "train" or start["dae"]:                      # other latents than --init's
-        config = replace(config, scale=0.0)
-    return start | {"config": replace(config, first_stage=name)}, ae
+        config = replace(config, first_stage=name, shift=127.5, scale=127.5)
+        return start | {"config": config}, daes.Identity()
+    scale = 0.0 if name == "train" or start["dae"] else config.scale  # 0: to be measured
+    ae = None if name in ("train", "latents") else daes.load(name)
+    return start | {"config": replace(config, first_stage=name, scale=scale)}, ae
 
 def autoencoder_of(state, path):
     """The autoencoder of a checkpoint; None if there is none in it."""
@@ -179,22 +174,22 @@ def open_data(run, size, classes):
         return images, split(n, run.holdout)
     val = open_images(run.val, size, run.out)
     if images.classes:
-        relabel(val, images.classes, f"--val {run.val}")
-    both = Images(images.names + val.names, np.append(images.labels, val.labels), images.classes,
-                  lambda i: images.open(i) if i < n else val.open(i - n), [images.listing, val.listing])
+        relabel(val, images.classes, run.val)
+    both = Images(images.names + val.names, lambda i: images.open(i) if i < n else val.open(i - n),
+                  [images.listing, val.listing], np.append(images.labels, val.labels), images.classes)
     return both, (np.arange(n), np.arange(n, len(both.names)))
 
 def fitted(run, start, options, shape, classes):
     """The Config for data of a shape (C, H, W) in so many classes. ValueError if it cannot be for them."""
     config = start["config"]
-    if run.dataset == "toy" and "model" not in start:          # this preset follows the user's own data
+    if run.dataset == "toy" and "model" not in start:  # this preset follows the user's own data
         config = lvae.adapted(config, shape[0], int(shape[1]), classes)
     config = replace(config, **options)
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config is for {expected}: --image-size?")
-    least = config.num_classes if run.init and not run.data.endswith(".npz") else 1    # --init numbers them
-    require(not config.num_classes or least <= classes <= config.num_classes, f"{run.data or 'the toy'} has "
-            f"{classes} classes (sub-folders, labels), which does not fit num_classes {config.num_classes}")
+    least = config.num_classes if run.init and not run.data.endswith(".npz") else 1  # --init numbers them
+    require(not config.num_classes or least <= classes <= config.num_classes,
+            f"data of {classes} classes (sub-folders, labels) does not fit num_classes {config.num_classes}")
     return config
 
 # ---------------------------------------------------------------- stage two: the hierarchical VAE
@@ -207,13 +202,12 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     classes = data.classes if config.num_classes else []
     facts = {"config": asdict(config), "classes": classes, "run": start["run"],
              "dataset": start["dataset"]} | resume(start, parts, path if start.get("step") else run.init)
-    long = device.type == "cuda" and config.steps - facts["step"] >= 500
-    if run.compile == "yes" or run.compile == "auto" and long:
+    if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
     say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
         + (f"{config.num_classes} classes" if config.num_classes else "unconditional"))
     say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, in {dtype}")
-    say("config      " + "  ".join(f"{name}={value}" for name, value in asdict(config).items()))
+    say(f"config      {config}")
     mine, source = my_part(config.batch), "cpu" if device.type == "xla" else device
 
     def batch(number):
@@ -221,8 +215,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
         rows = data.train[batch_indices(run.seed, len(data.train), config.batch, number)[mine]]
         view = np.random.default_rng((run.seed, number)).integers(2, size=config.batch)[mine]
         x, label = load_batch(data, rows, config, device, view)
-        noise = [torch.randn(config.batch, *shape, device=source)[mine].to(device)
-                 for shape in model.latent_shapes()]
+        noise = [torch.randn(config.batch, *s, device=source)[mine].to(device) for s in model.latent_shapes()]
         dropped = torch.rand(config.batch, device=source)[mine].to(device) < config.label_dropout
         return x, label, noise, None, dropped
 
@@ -234,8 +227,6 @@ def train_lvae(run, config, ae, data, start, device, dtype):
         return stats | {"images_per_s": config.batch * config.accumulate / (time.time() - started)}
 
     def look(step):
-        if world()[0]:
-            return
         with torch.no_grad(), lvae.autocast(device, dtype):
             if len(data.held):
                 log(run, "lvae", step, held_out(ema, data, device))
@@ -268,7 +259,7 @@ def save_pictures(run, model, ae, data, step, device):
         label, names = torch.arange(rows, device=device).repeat_interleave(8), data.classes[:rows]
     if config.num_classes and config.hierarchical_prior:
         guidance = {"mean_guidance": lvae.guidance_levels(config, 1.5), "variance_guidance": 1.0}
-    seed_step(0, 0)                                            # the same at every step: progress shows
+    seed_step(0, 0)  # the same at every step: progress shows
     samples = model.generate(None, label, 8 * rows, low_res=low_res, **guidance)
     parts = lvae.denormalise(torch.cat([x, rebuilt, samples]), config).split(8)
     save_picture(os.path.join(run.out, "samples", f"{step:07d}.png"),
@@ -278,9 +269,8 @@ def save_pictures(run, model, ae, data, step, device):
 def train_dae(run, config, size, images, rows, must_match, device, dtype):
     """Train an autoencoder on rows of images (Section 3.1), on every process; resumes from OUT/dae.pt."""
     require(not config.codebook, "--dae train trains KL autoencoders, not VQ ones: --dae-codebook 0")
-    require(size >= 32 or not config.adversarial_weight,
-            "an adversary needs images of 32 pixels or more: --dae-adversarial-weight 0")
-    if device.type == "xla":                                   # there the hosts train
+    require(size >= 32 or not config.adversarial_weight, "an adversary needs --image-size 32 or more")
+    if device.type == "xla":  # there the hosts train
         device, dtype = setup("cpu", run.precision)
     path, mine = os.path.join(run.out, "dae.pt"), my_part(config.batch)
     seed_step(run.seed, 0)
@@ -294,8 +284,7 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
     compare(start.get("run", {}) if isinstance(start, dict) else {}, must_match, path)
     facts = {"run": must_match} | resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
-    say(f"autoencoder {run.dae_preset}: f = {config.f}, {config.steps} steps of {config.batch} "
-        f"of {len(rows)} images, {size}x{size}" + ("" if perceptual else "; no lpips, no perceptual term"))
+    say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
 
     def batch(number):
         """Part `mine` of a batch, with --flip half of it mirrored; for a bad image the next good one."""
@@ -313,8 +302,6 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
         return stats | {"images_per_s": config.batch / (time.time() - started)}
 
     def look(step):
-        if world()[0]:
-            return
         good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
         with torch.no_grad(), lvae.autocast(device, dtype):
             rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
@@ -322,16 +309,16 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
     loop(run, "dae", config.steps, path, facts, everything, update, look)
     return parts["dae"].eval()
 
-def read_ahead(read, items, ahead=4):
-    """read(item) of every item, in order; up to `ahead` of them are read in threads while one is used."""
+def read_ahead(read, items):
+    """read(item) of every item, in order; up to four of them are read in threads while one is used."""
     items = iter(items)
-    with ThreadPoolExecutor(ahead) as pool:
-        waiting = deque(pool.submit(read, item) for item in itertools.islice(items, ahead))
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(read, item) for item in itertools.islice(items, 4)]
         while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(read, item) for item in itertools.islice(items, 1))
+            yield waiting.pop(0).result()
+            waiting += [pool.submit(read, item) for item in itertools.islice(items, 1)]
 
-# ---------------------------------------------------------------- from images to latents
+# ---------------------------------------------------------------- images and their latents
 # Raw latents (N, views, C, h, w); labels (N,) or None; the rows to train on and held out; the classes' names.
 Data = namedtuple("Data", "h labels train held classes")
 
@@ -343,28 +330,47 @@ def load_batch(data, rows, config, device, view=0):
 
 def read_latents(path, holdout):
     """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data. Raises ValueError."""
-    with explained(f"{path}: expected an .npz with an array named latents, finite numbers (N, C, H, H), and "
-                   "perhaps labels, N integers from 0 up"), np.load(path, allow_pickle=False) as file:
-        h = file["latents"]
-        fits = h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12
-        require(fits, f"they are {h.dtype} {h.shape}")
-        labels = file["labels"].astype(np.int64) if "labels" in file else None
-        if labels is not None:
-            require(labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6, "not the labels")
+    expected = "latents, finite numbers (N, C, H, H), and perhaps labels, N integers from 0 up"
+    with explained(f"{path}: expected {expected}"), np.load(path) as file:
+        h, labels = file["latents"], None
+        require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
+        if "labels" in file:
+            labels = file["labels"].astype(np.int64)
+            require(labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6, "the labels")
     return Data(h[:, None], labels, *split(len(h), holdout), [])
 
+@torch.no_grad()
 def encode_all(run, ae, size, images, rows, device, dtype):
-    """Encode all images, once -> Data. The first process encodes, the others wait. The latents stay in OUT,
-    with --flip also of mirrored images, till autoencoder, size or files change."""
+    """Encode all images, once, on the first process -> Data. The latents, float16, NaN for bad images, stay
+    in OUT till autoencoder, size or files change."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
     key = hashlib.sha256(repr((images.listing, size, run.flip, sums)).encode()).hexdigest()[:16]
-    path = os.path.join(run.out, f"latents_{key}.npy")
+    path, side = os.path.join(run.out, f"latents_{key}.npy"), size // ae.config.f
+    shape = len(images.names), 1 + run.flip, ae.config.z_channels, side, side  # (N, views, C, h, w)
+    batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
+    parts = np.split(np.arange(shape[0]), range(batch, shape[0], batch))
+
+    def read_part(rows):
+        return [images.read(i) for i in rows]
+
+    def save(file):
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        decoded, blank = read_ahead(read_part, parts), np.zeros((size, size, 3), np.uint8)
+        for part in progress(decoded, "encoding", 0, len(parts)):
+            if asked:
+                raise KeyboardInterrupt
+            x = to_tensor([blank if image is None else image for image in part]).to(device)
+            with lvae.autocast(device, dtype):
+                h = torch.stack([ae.encode(view) for view in [x, x.flip(3)][:shape[1]]], dim=1)
+            h = h.float().cpu().numpy()
+            h[[image is None or not np.isfinite(row).all() for row, image in zip(h, part)]] = np.nan
+            file.write(h.astype(np.float16).tobytes())
     if world()[0] == 0 and not os.path.exists(path):
-        for old in glob.glob(os.path.join(glob.escape(run.out), "latents_*.npy")):
-            os.remove(old)
+        for old in Path(run.out).glob("latents_*.npy"):
+            old.unlink()
         with contextlib.suppress(KeyboardInterrupt):
-            daes.write(path, lambda file: write_latents(file, ae, size, images, 1 + run.flip, device, dtype))
-    if asked_to_stop():                                        # all processes wait here
+            daes.write(path, save)
+    if asked_to_stop():  # all processes wait here
         stop("the images are not all encoded yet")
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
@@ -372,32 +378,6 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     train, held = (some[good[some]] for some in rows)
     require(len(train), f"no usable image to train on, of {len(good)}")
     return Data(h, images.labels, train, held, images.classes)
-
-@torch.no_grad()
-def write_latents(file, ae, size, images, views, device, dtype):
-    """Fill an .npy: float16 (N, views, C, h, w), NaN for bad images. KeyboardInterrupt after a signal."""
-    n, side = len(images.names), size // ae.config.f
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False,
-                                                "shape": (n, views, ae.config.z_channels, side, side)})
-    batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
-    blank, bar = np.zeros((size, size, 3), np.uint8), progress_bar("encoding", 0, n)
-    parts = np.split(np.arange(n), range(batch, n, batch))
-    for part in read_ahead(lambda rows: [images.read(i) for i in rows], parts):
-        if asked:
-            raise KeyboardInterrupt
-        x = to_tensor([blank if image is None else image for image in part]).to(device)
-        with lvae.autocast(device, dtype):
-            h = torch.stack([ae.encode(view) for view in [x, x.flip(3)][:views]], dim=1).float().cpu().numpy()
-        h[[image is None or not np.isfinite(row).all() for row, image in zip(h, part)]] = np.nan
-        file.write(h.astype(np.float16).tobytes())
-        bar.update(len(part))
-    bar.close()
-
-def with_statistics(data, config):
-    """The config with shift and scale such that up to 10,000 of the latents have mean 0 and variance 1."""
-    h = data.h[data.train[::max(1, len(data.train) // 10_000)], 0].astype(np.float32)
-    require(h.std() > 0, "nothing to learn from: all images are the same")
-    return replace(config, shift=float(h.mean()), scale=float(h.std()))
 
 def split(count, share):
     """Indices (training, held out): a fixed shuffle, the same for every run on the same data."""
@@ -414,43 +394,22 @@ def batch_indices(seed, count, batch, number):
     places = range(number * batch, (number + 1) * batch)
     return np.array([epoch_order(seed, place // count, count)[place % count] for place in places])
 
-# ---------------------------------------------------------------- images
-SOURCES = {"church": "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip, unpacked",
-           "bedroom": "http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip, unpacked",
-           "imagenet": "the training folder of synset folders, https://image-net.org/download.php"}
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # start no program
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes: no picture is lost for its text
 
-class PngStream(PngImagePlugin.PngStream):
-    """Pillow's reader of a PNG's chunks, which passes over bad or too large ones that are no pixels."""
-    def call(self, cid, pos, length):
-        try:
-            return super().call(cid, pos, length)
-        except (ValueError, SyntaxError):
-            if cid[:1].isupper():
-                raise
-            self.fp.seek(pos)
-            return self.fp.read(length)
-
-    def crc(self, cid, data):
-        (super().crc if cid[:1].isupper() else self.crc_skip)(cid, data)
-
-PngImagePlugin.PngStream = PngStream
-
-@dataclass
 class Images:
-    """A set of images: `read(i)` gives (size, size, 3) uint8, or None for a bad one, which it names once."""
-    names: list
-    labels: np.ndarray                                         # (N,) int64, all 0 without classes
-    classes: list                                              # names, empty without classes
-    open: object                                               # index -> image; raises on a bad one
-    listing: object                                            # changes when the files do
-    bad: set = field(default_factory=set)
+    """A set of images: names, labels (N,) int64, the names of classes (if none, labels are 0), open(i), which
+    raises on a bad one, and a listing, which changes when the files do."""
+    def __init__(self, names, open, listing, labels=None, classes=()):
+        self.names, self.open, self.listing, self.bad = names, open, listing, set()
+        self.labels, self.classes = np.zeros(len(names), int) if labels is None else labels, list(classes)
 
     def read(self, i):
+        """Image i, (size, size, 3) uint8; None for a bad one, which it names once."""
         if i not in self.bad:
             try:
                 return self.open(i)
-            except Exception as e:                             # whatever a broken file provokes in Pillow
+            except Exception as e:  # whatever a broken file provokes in Pillow
                 self.bad.add(i)
                 tqdm.write(printable(f"skipped {self.names[i]}: {str(e) or type(e).__name__}"))
 
@@ -465,51 +424,46 @@ class Images:
 def open_images(path, size, out=None):
     """The images of a folder (but its `out`), of an LSUN LMDB, or the toy's ('' or 'toy'). ValueError."""
     if path in ("", "toy"):
-        labels = np.arange(TOY_COUNT) % len(TOY_CLASSES)
-        names = [f"toy {i}" for i in range(TOY_COUNT)]
-        return Images(names, labels, list(TOY_CLASSES), lambda i: toy(i, size)[0], "toy")
-    require(os.path.isdir(path), f"{path}: no such folder (of images, an LSUN LMDB), nor an .npz")
+        names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
+        return Images(names, lambda i: toy(i, size)[0], "toy", labels, BREADTH)
     if os.path.exists(os.path.join(path, "data.mdb")):
         return lmdb_images(path, size)
     files = list_images(path, out)
-    require(files, f"{path}: no image found in it (expected .jpg, .png, ... at any depth)")
+    require(files, f"{path}: no image found (expected a folder of .jpg, .png, ... at any depth)")
     images = image_files([os.path.join(path, name) for name, *_ in files], size, files)
     parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
-    classes = sorted(set(parents))
-    if "" not in classes and len(classes) > 1:                 # all lie in sub-folders, and there are several
-        numbers = {name: i for i, name in enumerate(classes)}
-        images.classes, images.labels = classes, np.array([numbers[parent] for parent in parents])
+    classes, labels = np.unique(parents, return_inverse=True)
+    if "" not in classes and len(classes) > 1:  # all lie in sub-folders, and there are several
+        images.classes, images.labels = classes.tolist(), labels
     return images
 
 def image_files(names, size, listing=None):
     """Files of images, without classes."""
-    return Images(names, np.zeros(len(names), int), [], lambda i: read_image(names[i], size), listing)
+    return Images(names, lambda i: read_image(names[i], size), listing)
 
 def list_images(path, out=None):
     """(Name, bytes, time) of every image below a folder, sorted; each folder once, and none of a run."""
     endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
-    tops, seen, files = [path], {os.path.realpath(out or "/")}, []
-    for top in tops:                                           # grows by the links on the way
-        for folder, inside, names in os.walk(top):
-            real = os.path.realpath(folder)
-            if real in seen or folder != path and {"checkpoint.pt", "dae.pt"} & set(names):
-                inside.clear()
-                continue
-            seen.add(real)
-            inside[:] = [name for name in inside if name[0] != "."]
-            tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
-            for name in names:
-                file = os.path.join(folder, name)
-                if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(file):
-                    info = os.stat(file)
-                    files.append((os.path.relpath(file, path), info.st_size, info.st_mtime_ns))
+    seen, files = {os.path.realpath(out or "/")}, []
+    for folder, inside, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or folder != path and {"checkpoint.pt", "dae.pt"} & set(names):
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if name[0] != ".")
+        for name in names:
+            file = os.path.join(folder, name)
+            if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(file):
+                info = os.stat(file)
+                files.append((os.path.relpath(file, path), info.st_size, info.st_mtime_ns))
     return sorted(files, key=lambda file: file[0].split(os.sep))
 
 def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name. Raises ValueError for one that is not there."""
     strange = sorted(set(images.classes) - set(classes))
-    require(images.classes and not strange, f"{what}: classes (sub-folders) are {', '.join(classes[:5])} ..; "
-            f"not {strange[:1] or 'none'}")
+    require(images.classes and not strange,
+            f"{what}: classes (sub-folders) are {', '.join(classes[:5])} ..; not {strange[:1] or 'none'}")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
@@ -525,28 +479,27 @@ def lmdb_images(path, size):
         with env.begin() as txn:
             return read_image(BytesIO(txn.get(keys[i])), size)
     names = [key.decode(errors="replace") for key in keys]
-    return Images(names, np.zeros(len(keys), int), [], read, os.path.getmtime(os.path.join(path, "data.mdb")))
+    return Images(names, read, os.path.getmtime(os.path.join(path, "data.mdb")))
 
 def read_image(source, size):
     """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         require(min(image.size) >= 8, f"{image.width}x{image.height} pixels is too small")
-        image.draft("RGB", (2 * size, 2 * size))               # a JPEG decoder skips what shrinking discards
+        image.draft("RGB", (2 * size, 2 * size))  # a JPEG decoder skips what shrinking discards
         return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
 
 def to_rgb(image):
     """Any Pillow image -> RGB: EXIF-rotated, transparency over white, numbers scaled to 8 bits: 16-bit files
     by 65535, floats up to 1 by 1, other numbers by 255 or 65535, whichever they fit. Raises OSError."""
-    with contextlib.suppress(Exception):                       # an EXIF that is none says nothing
+    with contextlib.suppress(Exception):  # an EXIF that is none says nothing
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float64)
         require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")  # NaN
-        bits = image.tag_v2[258] if image.format == "TIFF" else (16,)
-        top = 255 if values.max() <= 255 and (image.mode == "F" or bits == (32,)) else 65535
-        if image.mode == "F" and values.max() <= 1:
-            top = 1
+        whole = (255, 65535) if image.format == "TIFF" and image.tag_v2[258] == (32,) else (65535,)
+        tops = (1, 255, 65535) if image.mode == "F" else whole
+        top = min(top for top in tops if values.max() <= top)
         image = Image.fromarray((values / top * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -557,16 +510,15 @@ def to_rgb(image):
 def save_picture(path, rows, row_names=(), column_names=(), gap=2):
     """Save rows of uint8 images (H, W, 3), of any lengths, as one: JPEG or WebP if called so, else PNG."""
     names = [[printable(name) for name in some or ()] for some in (row_names, column_names)]
-    height, width = np.max([image.shape[:2] for row in rows for image in row], axis=0) + gap
+    height, width = (np.max([image.shape[:2] for row in rows for image in row], axis=0) + gap).tolist()
     font = ImageFont.load_default(max(10, min(32, min(height, width) // 7)))
     left = max((8 + int(font.getlength(name)) for name in names[0]), default=gap)
     top = 4 + int(font.size * 1.3) if column_names else gap
-    size = left + int(width) * max(map(len, rows)), top + int(height) * len(rows)
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (left + width * max(map(len, rows)), top + height * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            sheet.paste(Image.fromarray(image), (int(left + x * width), int(top + y * height)))
+            sheet.paste(Image.fromarray(image), (left + x * width, top + y * height))
     for y, name in enumerate(names[0]):
         draw.text((4, top + (y + 0.5) * height), name, fill="black", font=font, anchor="lm")
     for x, name in enumerate(names[1]):
@@ -578,7 +530,7 @@ def save_checkpoint(path, facts, parts):
     """Replace a checkpoint, whole or not at all, by facts and the states of modules and optimizers."""
     if world()[0] == 0:
         state = facts | {name: part.state_dict() for name, part in parts.items()}
-        state = tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
+        state = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
         daes.write(path, lambda file: torch.save(state, file))
 
 def load_checkpoint(path):
@@ -598,30 +550,28 @@ def load_checkpoint(path):
 def released_checkpoint(state, path):
     """A pipeline of the authors, tensors dae.* and vae.* whose shapes tell the preset, as our checkpoint."""
     ema = lvae.from_released({k.removeprefix("vae."): v for k, v in state.items() if k.startswith("vae.")})
-    shapes = {name: value.shape for name, value in ema.items()}
     for dataset, preset in lvae.PRESETS.items():
-        config = replace(preset, attention="released")
         with torch.device("meta"):
-            expected = {name: value.shape for name, value in lvae.LVAE(config).state_dict().items()}
-        if shapes == expected:
+            like = lvae.LVAE(preset).state_dict()
+        if {name: value.shape for name, value in like.items()} == {k: v.shape for k, v in ema.items()}:
+            config = asdict(replace(preset, attention="released"))
             dae = daes.find(state, path).state
-            return {"config": asdict(config), "ema": ema, "dae": dae, "classes": [], "dataset": dataset}
+            return {"config": config, "ema": ema, "dae": dae, "classes": [], "dataset": dataset}
     raise ValueError("a pipeline of no preset")
 
 @torch.no_grad()
 def resume(start, parts, path):
     """Put a checkpoint's state, if any, into modules and optimizers; returns the progress. ValueError."""
     for name in parts.keys() & start.keys():
+        part, state = parts[name], start[name]
         with explained(f"{path}: the {name} in it does not fit"):
-            if not isinstance(parts[name], torch.optim.Optimizer):
-                parts[name].load_state_dict(start[name])
-                continue
-            own = parts[name].state_dict()["param_groups"]     # rate and implementation are this device's
-            parts[name].load_state_dict({"state": start[name]["state"], "param_groups": own})
-            for parameter, moments in parts[name].state.items():
-                for key, value in moments.items():             # in the memory format that fused Adam expects
-                    like = parameter if value.shape == parameter.shape else value
-                    moments[key] = torch.empty_like(like).copy_(value)
+            if isinstance(part, torch.optim.Optimizer):  # rate and implementation are this device's
+                state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}
+            part.load_state_dict(state)
+            for parameter, moments in getattr(part, "state", {}).items():
+                for key, value in moments.items():
+                    if value.shape == parameter.shape:  # in the memory format that fused Adam expects
+                        moments[key] = torch.empty_like(parameter).copy_(value)
     if start.get("step"):
         say(f"resuming {path} at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
@@ -629,22 +579,22 @@ def resume(start, parts, path):
 def compare(found, asked, path):
     """A run resumes with the options it began with; only the LVAE's steps may differ. Raises ValueError."""
     for name, value in asked.items():
-        require(name == "steps" or found.get(name) == value,
-                f"{path} was trained with {name} = {found.get(name)}, asked for {value}: give the same "
-                "options to resume, or another --out to start anew")
+        may_differ = name == "steps" or (name, value) == ("scale", 0)  # 0: it was measured
+        was = found.get(name)
+        require(may_differ or was == value, f"{path} was trained with {name} = {was}, asked for {value}: "
+                "give the same options to resume, or another --out")
 
 def claim(out):
     """Make a run's folder, and lock its log until what is returned is closed. ValueError if another has."""
-    if world()[0]:
-        return contextlib.nullcontext()
     os.makedirs(out, exist_ok=True)
     log = open(os.path.join(out, "log.jsonl"), "a+b")
-    with contextlib.suppress(ImportError):                     # Windows has no locks of this kind
-        import fcntl
-        with explained(f"{out}: another process is training there; wait, or choose another --out"):
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    log.seek(0)
-    log.truncate(log.read().rfind(b"\n") + 1)                  # a kill may have torn its last line
+    if world()[0] == 0:
+        with contextlib.suppress(ImportError):  # Windows has no locks of this kind
+            import fcntl
+            with explained(f"{out}: another process is training there: choose another --out"):
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.seek(0)
+        log.truncate(log.read().rfind(b"\n") + 1)  # a kill may have torn its last line
     return log
 
 @contextlib.contextmanager
@@ -652,7 +602,7 @@ def explained(problem):
     """Whatever goes wrong inside becomes a ValueError of one line: the problem, and in brackets its cause."""
     try:
         yield
-    except Exception as e:                                     # of a broken file, a library, a device
+    except Exception as e:  # of a broken file, a library, a device
         cause = " ".join(str(e).split())[:300] or type(e).__name__
         raise daes.LoadError(f"{problem} ({cause})") from None
 
@@ -662,20 +612,20 @@ def setup(name="auto", precision="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"       # under torchrun: a GPU for each process
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun: a GPU for each process
     with explained(f"--device {name} cannot be used"):
         if name == "xla":
-            import torch_xla  # noqa: F401                     # makes the device known to torch
+            import torch_xla  # noqa: F401  # makes the device known to torch
         device = torch.empty(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with contextlib.suppress(AttributeError, TypeError, OSError):    # glibc is to keep freed memory
-        libc = ctypes.CDLL(None)                               # (clearing it anew is a fifth of decoding):
-        libc.mallopt(-4, 0)                                    # M_MMAP_MAX: they are of the heap too
-        libc.mallopt(-1, 2 ** 31 - 1)                          # M_TRIM_THRESHOLD: up to 2 GiB stay free
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory
+        libc = ctypes.CDLL(None)  # (clearing it anew is a fifth of decoding):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: they are of the heap too
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: up to 2 GiB stay free
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
-        atexit.register(dist.destroy_process_group)            # its threads end before the interpreter
+        atexit.register(dist.destroy_process_group)  # its threads end before the interpreter
     fast = {"cpu": getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"),
             "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
             "xla": os.environ.get("PJRT_DEVICE") == "TPU"}
@@ -691,10 +641,10 @@ def place(module, device, dtype=torch.float32):
 
 def world():
     """(Rank of this process, number of processes)."""
-    if "torch_xla" in sys.modules:                             # imported for --device xla only
+    if "torch_xla" in sys.modules:  # imported for --device xla only
         import torch_xla.runtime as xr
         return xr.global_ordinal(), xr.world_size()
-    count = int(os.environ.get("WORLD_SIZE", 1))               # torchrun's
+    count = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     return int(os.environ["RANK"]) if count > 1 else 0, count
 
 def my_part(batch):
@@ -707,8 +657,8 @@ def say(text):
     if world()[0] == 0:
         print(printable(text), flush=True)
 
-def progress_bar(what, done, total):
-    return tqdm(total=total, initial=done, desc=what, unit="step", disable=done >= total or world()[0] > 0)
+def progress(items, what, done, total):
+    return tqdm(items, what, total, initial=done, unit="step", disable=done >= total or world()[0] > 0)
 
 def average(tensors):
     """Replace tensors by their mean over all processes, in place: one message for all."""
@@ -724,7 +674,7 @@ def average(tensors):
         for t, mean in zip(tensors, (flat / count).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
     if xla:
-        xla.sync()                                             # a step is two programs, each compiled once
+        xla.sync()  # a step is two programs, each compiled once
 
 asked = []  # the names of signals that ask to stop: looked at between steps
 
@@ -735,10 +685,9 @@ def ask(number, frame):
 
 def asked_to_stop():
     """Whether a signal came, to any process: all get the same answer, and so wait here for each other."""
-    if world()[1] == 1:
-        return bool(asked)
     flag = torch.tensor([float(len(asked))])
-    average([flag])
+    if world()[1] > 1:
+        average([flag])
     return bool(flag > 0)
 
 def stop(where):
@@ -750,15 +699,14 @@ def stop(where):
 def values(text):
     """argparse type: A,B,.. -> a tuple of ints, floats or words."""
     def value(word):
-        for kind in (int, float):
+        for kind in (int, float, str):
             with contextlib.suppress(ValueError):
                 return kind(word)
-        return word
     return tuple(value(word) for word in text.split(",") if word)
 
 def parse(argv):
     """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
-    parser = daes.Parser(description=__doc__)
+    parser = daes.Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     kinds = ("run", "", Run), ("lvae", "", lvae.Config), ("dae", "dae_", daes.Config)
     choices = {"precision": ("auto", "bf16", "fp32"), "compile": ("auto", "yes", "no"),
                "dataset": lvae.PRESETS, "dae_preset": daes.PRESETS}
@@ -766,15 +714,13 @@ def parse(argv):
         section = parser.add_argument_group(title, "" if kind is Run else "defaults: the preset's")
         for f in fields(kind):
             number = daes.at_least(f.metadata["low"], type(f.default))
-            more = {"type": {tuple: values, str: str}.get(type(f.default), number)}
+            more = {"type": {tuple: values, str: str}.get(type(f.default), number),
+                    "choices": choices.get(f.name)}
             if isinstance(f.default, bool):
                 more = {"action": argparse.BooleanOptionalAction}
-            elif f.name in choices:
-                more["choices"] = choices[f.name]
             text = f.metadata["help"].replace("%", "%%") + (f" ({f.default})" if kind is Run else "")
-            if f.name != "first_stage":                        # decided by --dae
-                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text,
-                                     default=argparse.SUPPRESS, **more)
+            if f.name != "first_stage":  # decided by --dae
+                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text, **more)
     given = vars(parser.parse_args(argv))
     run, model_options, dae_options = (
         {f.name: given[prefix + f.name] for f in fields(kind) if prefix + f.name in given}
@@ -782,13 +728,13 @@ def parse(argv):
     run = Run(**run)
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
-    npz, images_only = run.data.endswith(".npz"), run.flip or run.val or run.image_size
+    npz, for_images = run.data.endswith(".npz"), run.flip or run.val or run.image_size
     stage = run.dae or ("--init's" if run.init else lvae.PRESETS[run.dataset].first_stage)
-    source = SOURCES.get(run.dataset.split("-")[0], "a folder of its images")
-    require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: {source}")
+    require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: for church, say, LSUN's "
+            "church_outdoor_train_lmdb (http://dl.yf.io/lsun/scenes), for imagenet its folder of synsets")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
     require(stage == "train" and not npz or not dae_options, "--dae-... options are for --dae train")
-    require(not npz or not images_only and run.dae not in ("train", "none"),
+    require(not npz or not for_images and run.dae not in ("train", "none"),
             "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents")
     require(run.device != "xla" or run.compile != "yes" and not model_options.get("recompute"),
             "--compile and --recompute are not for XLA devices")
@@ -804,10 +750,8 @@ def main(argv=None):
     torch_xla.launch(train_both, args=arguments)
 
 # ---------------------------------------------------------------- the toy scenes: a data set drawn by code
-SEED, OVERSAMPLE, TOY_COUNT = 1789, 4, 6144
 BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.2, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.5,
            "pyramid": 1.6, "mosque": 1.28}  # the width of each landmark as a multiple of its height
-TOY_CLASSES = tuple(BREADTH)
 WALLS = "eee2c8 d6a076 c06856 e2be7c cec6cc a2b4be f0eeea".split()
 ROOFS = "b04236 5472b2 427e74 8c624e 646274 d2923e 945a90".split()
 LANDS = "749e4e 9ea658 d4b880 608c6e e2e6ee b08a68".split()
@@ -885,7 +829,7 @@ def landmark(name, rng, wall, roof, gap):
 
 def toy(index, size=64):
     """Scene `index` as a (size, size, 3) array of uint8, and its class."""
-    rng = np.random.default_rng((SEED, index))
+    rng = np.random.default_rng((1789, index))
     name, breadth = list(BREADTH.items())[index % len(BREADTH)]
     (zenith, haze, light, sun), *codes = [row[rng.integers(len(row))] for row in (SKIES, WALLS, ROOFS, LANDS)]
     zenith, haze, *colours = np.array([list(bytes.fromhex(code)) for code in (zenith, haze, *codes)])
@@ -897,7 +841,7 @@ def toy(index, size=64):
     room = min(0.12, 0.47 - breadth * unit / 2)
     x, y, depth = rng.uniform((0.5 - room, 0.08, 0.05), (0.5 + room, 0.15, 0.16))
     horizon = y + depth
-    side = size * OVERSAMPLE
+    side = 4 * size
     heights = 1 - (np.arange(side) + 0.5) / side
     stops = zip(0.86 * ground, ground, haze, zenith)  # per channel, from the foot of the picture up
     column = np.stack([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops], axis=-1)
@@ -924,8 +868,8 @@ def toy(index, size=64):
         for quarter in rng.uniform(0.15, 0.85) + np.arange(4):
             turned = 0.58j + sail * np.exp(0.5j * np.pi * quarter)  # a complex factor turns
             front.draw.polygon(front.pixels(zip(turned.real, turned.imag)), fill=paints[2])
-    picture = np.array(canvas.reduce(OVERSAMPLE))  # half are mirrored: lit from the right
-    return picture[:, ::-1].copy() if rng.random() < 0.5 else picture, TOY_CLASSES.index(name)
+    picture = np.array(canvas.reduce(4))  # half are mirrored: lit from the right
+    return picture[:, ::-1].copy() if rng.random() < 0.5 else picture, index % len(BREADTH)
 
 if __name__ == "__main__":
     cli(main)
