@@ -715,7 +715,8 @@ def test_signals():
             time.sleep(0.05)
         process.send_signal(getattr(signal, name))
         assert process.wait(60) == 0
-        assert list(log_of(name))[-1] == ("lvae", train.load_checkpoint(f"{name}/checkpoint.pt")["step"], False)
+        step = train.load_checkpoint(f"{name}/checkpoint.pt")["step"]
+        assert list(log_of(name))[-1] == ("lvae", step, False)
 
 XLA = """
 import torch_xla, torch_xla.debug.metrics as metrics, train
