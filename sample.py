@@ -36,10 +36,8 @@ from train import (asked_to_stop, autoencoder_of, explained, image_files, list_i
 
 # ---------------------------------------------------------------- the model
 class Sampler:
-    """A checkpoint's EMA weights and autoencoder on a device: noise or images in, uint8 images out.
-
-    A label is a class's number, or (B,) of them, or None; a model without classes takes no notice of it.
-    """
+    """A checkpoint's EMA weights and autoencoder on a device: noise or images in, uint8 images out. A label
+    is a class's number, (B,) of them, or None; a model without classes takes no notice of it."""
     def __init__(self, path, device="auto", precision="auto", dae=None, upsampler=None, state=None):
         """dae: a file, instead of the checkpoint's own; upsampler: a checkpoint; state: what is in `path`."""
         state = state or load_checkpoint(path)
@@ -145,6 +143,12 @@ class Sampler:
             labels.append(label)
         return labels
 
+    def label(self, text):
+        """One class, as `labels` reads it; None: the first. Raises ValueError."""
+        label, *more = self.labels(text)
+        require(not (text and more), f"--label {text}: expected one class")
+        return label
+
     def name(self, label):
         """What a class is called in a picture."""
         names = dict(enumerate(self.classes)) | {self.config.num_classes: "no label"}
@@ -219,10 +223,11 @@ def encoded(sampler, images, batch, text=None, limit=None):
     count = sampler.config.num_classes
     if count and not text and images.classes and (sampler.folders or len(images.classes) > count):
         relabel(images, sampler.folders, "the images")
+    named = sampler.label(text) if text and count else None
     for rows, some in batches(images, batch, limit):
         x, labels = sampler.latents(some), images.labels[rows]
-        if text and count:
-            labels = sampler.labels(text)[:1] * len(x)
+        if named is not None:
+            labels = [named] * len(x)
         elif count and not images.classes:
             labels = [likeliest(sampler, latent) for latent in x]
         yield some, x, torch.as_tensor(labels, device=sampler.device)
@@ -241,8 +246,6 @@ def save_grid(path, rows, **names):
     save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
 
 # ---------------------------------------------------------------- generate
-GRID = 256  # images in a grid at most
-
 def generate(sampler, args):
     """Draw samples: a grid to look at, an .npz for metrics, or a folder of PNGs."""
     weights, classes, size = guidance(sampler, args), sampler.labels(args.label), sampler.out_size
@@ -268,7 +271,7 @@ def generate(sampler, args):
             more = {"arr_1": labels[np.argsort(row)]} if sampler.config.num_classes else {}
             daes.write(args.npz, lambda file: np.savez(file, arr_0=array, **more))
         if out:
-            shown = np.linspace(0, n - 1, min(n, GRID)).astype(int)
+            shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
             save_samples(sampler, out, np.array(array[row[shown]]), labels[shown])
     say(f"{n} samples of {size}x{size} pixels: " + " ".join(filter(None, (args.npz, out, args.png_dir))))
 
@@ -317,7 +320,7 @@ def reconstruct(sampler, args):
 def interpolate(sampler, args):
     """Figure 5: a path between images through whitened noise; the ends are their reconstructions. The
     label's embedding moves along. With a hierarchical prior this is Section 5.2's future work."""
-    pair, x, label = next(encoded(sampler, find_photos(sampler, args.images), 2, args.label))
+    pair, x, label = next(encoded(sampler, find_photos(sampler, [args.a, args.b]), 2, args.label))
     require(len(pair) == 2, "expected two usable images")
     ends, steps = sampler.posterior(x, label), torch.linspace(0, 1, args.steps, device=x.device)
     if sampler.config.num_classes:
@@ -335,7 +338,7 @@ def channel_kl(out):
 def manifold(sampler, args):
     """Figure 4: the most active channel of the first group and of the second, swept from -range to range."""
     require(sampler.model.sides[0] == 1 < sampler.config.groups[-1], "the model has no two groups at 1x1")
-    label = sampler.labels(args.label)[0]
+    label = sampler.label(args.label)
     if args.data is None:
         parts = [(None, sampler.generate(sampler.noise(args.seed, range(64)), label), label)]
     else:
@@ -357,7 +360,7 @@ def outpaint(sampler, args):
     size = [side * args.width, side] if args.direction in ("down", "up") else [side, side * args.width]
     # Where the image stands in the larger one, in images from its top and from its left.
     above, before = {"up": (extra, 0), "left": (0, extra), "both": (0, extra / 2)}.get(args.direction, (0, 0))
-    images, x, label = next(encoded(sampler, find_photos(sampler, args.images), 1, args.label))
+    images, x, label = next(encoded(sampler, find_photos(sampler, [args.image]), 1, args.label))
     latents = sampler.infer(x, label).latents
 
     def around(z, fresh):
@@ -383,8 +386,7 @@ def rates(sampler, args):
     negative ELBO; active channels, whose mean KL is above 0.01 nats."""
     config, kl, distortion, count = sampler.config, 0, 0.0, 0
     torch.manual_seed(args.seed)
-    images = find_images(sampler, args.data)
-    for _, x, label in encoded(sampler, images, args.batch, args.label, args.n):
+    for _, x, label in encoded(sampler, find_images(sampler, args.data), args.batch, args.label, args.n):
         out = sampler.infer(x, label, draw=True)
         kl, count = kl + len(x) * channel_kl(out), count + len(x)  # (L, z)
         distortion += float(lvae.distortions(out, x, config).sum())
@@ -481,7 +483,8 @@ def statistics(path, network, batch, size):
         require(images is not None or {"mu", "sigma"} <= given.keys(), f"it holds {file.files}")
         if images is None:
             return given
-        require(images.dtype == np.uint8 and images.shape[3:] == (3,), f"it is {images.shape}")
+        fits = images.dtype == np.uint8 and images.shape[3:] == (3,) and len(images)
+        require(fits, f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
 def common_side(path):
@@ -509,7 +512,6 @@ def made(sampler, args, weights):
 
 def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
-
     Of a checkpoint's samples or reconstructions, an .npz or a folder, against an .npz (a reference batch of
     that evaluator, or one exported here) or a folder. Saturation is the mean of HSV's (footnote 2).
     """
@@ -535,7 +537,8 @@ def evaluate(sampler, args):
         row["IS"] = inception_score(found["probabilities"])
     if min(map(len, sets)) > 3:
         row["precision"], row["recall"] = precision_recall(*sets, device)
-    row |= {name: found[name] for name in ("saturation",) if name in found}
+    if "saturation" in found:
+        row["saturation"] = found["saturation"]
     print("  ".join(f"{name:>12}" for name in row))
     print("  ".join(f"{value:12.4f}" for value in row.values()), flush=True)
     if args.export:
@@ -610,11 +613,10 @@ def random_checkpoint(name):
 def updater(sampler, x, label):
     """A function that does a training step of the first n samples, of a new model like the sampler's."""
     model = place(lvae.LVAE(sampler.config).train(), sampler.device)
-    ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
+    ema, adam = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     if sampler.compiled:
         model.compile(dynamic=False)
-    return lambda n: lvae.train_step(model, ema, optimizer, [(x[:n], sampler.known(label[:n]))], 1,
-                                     sampler.dtype)
+    return lambda n: lvae.train_step(model, ema, adam, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
 
 def count_flops(stage):
     """The floating-point operations of stage(1), 2 for each multiplication with an addition."""
@@ -657,7 +659,8 @@ def several(kind):
 positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
 picture, table = writable(".png", ".jpg", ".webp"), writable(".npz")
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
-    "images": (list, None, "image files, folders"),
+    "images": (list, None, "image files, folders"), "image": (str, None, "an image file"),
+    "a": (str, None, "an image file"), "b": (str, None, "another"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the image's own)"),
     "--mean-guidance": (several(float), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
     "--variance-guidance": (several(float), None, "w_sigma, likewise (0; ImageNet 3)"),
@@ -666,10 +669,9 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--n": (positive, None, "how many images; under torchrun it is called --samples"),
     "--out": (picture, None, "the picture, .png, .jpg or .webp"),
     "--npz": (table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
-    "--png-dir": (str, None, "a folder for a PNG per sample"),
     "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
-    "--range": (amount, 2.25, "where the axes end"),
+    "--png-dir": (str, None, "a folder for a PNG per sample"), "--range": (amount, 2.25, "where axes end"),
     "--direction": (("right", "left", "both", "down", "up"), "right", "where it grows"),
     "--width": (positive, 2, "in images; the height, if it grows down or up"),
     "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),
@@ -678,12 +680,10 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--reconstruct": (("autoencoder", "lvae"), None, "not samples, but what it makes of --data"),
     "--image-size": (positive, None, "side to crop folders' images to (that of the images evaluated)"),
     "--export": (table, None, ".npz for the statistics, to be a --reference"),
-    "--neighbors": (positive, 6, "neighbours of each sample"),
+    "--neighbors": (positive, 6, "neighbours of each"), "--seconds": (amount, 5.0, "to time each stage for"),
     "--guided": (bool, True, "with guidance, if the model can"),
-    "--seconds": (amount, 5.0, "to time each stage for"),
     "--train": (positive, None, "also time a training step of so many images: it takes more memory"),
-    "--batch": (positive, 16, "images at a time"),
-    "--seed": (whole, 0, "of the noise"),
+    "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 where the hardware has it"),
     "--compile": (bool, False, "torch.compile: takes minutes, for a thousand images or more on a GPU"),
@@ -693,9 +693,9 @@ GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
     generate: f"{GUIDED} --upsampler --n --out --npz --png-dir",
     reconstruct: "images --label --groups --out=reconstructions.png",
-    interpolate: "images --label --steps=5 --out=interpolation.png",
+    interpolate: "a b --label --steps=5 --out=interpolation.png",
     manifold: "--label --data --steps=7 --range --out=manifold.png",
-    outpaint: "images --label --direction --width --out=outpainted.png",
+    outpaint: "image --label --direction --width --out=outpainted.png",
     rates: "--data --label --n=1000",
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
               "--image-size",

@@ -85,8 +85,7 @@ def loop(run, stage, steps, path, facts, parts, update, look):
             save_checkpoint(path, facts, parts)
             if stopping and not last:
                 stop(f"saved at step {step} of the {stage}")
-            if world()[0] == 0:
-                look(step)
+            look(step)
 
 def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
@@ -227,6 +226,8 @@ def train_lvae(run, config, ae, data, start, device, dtype):
         return stats | {"images_per_s": config.batch * config.accumulate / (time.time() - started)}
 
     def look(step):
+        if world()[0]:
+            return
         with torch.no_grad(), lvae.autocast(device, dtype):
             if len(data.held):
                 log(run, "lvae", step, held_out(ema, data, device))
@@ -302,6 +303,8 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
         return stats | {"images_per_s": config.batch / (time.time() - started)}
 
     def look(step):
+        if world()[0]:
+            return
         good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
         with torch.no_grad(), lvae.autocast(device, dtype):
             rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
@@ -350,12 +353,10 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
     parts = np.split(np.arange(shape[0]), range(batch, shape[0], batch))
 
-    def read_part(rows):
-        return [images.read(i) for i in rows]
-
     def save(file):
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        decoded, blank = read_ahead(read_part, parts), np.zeros((size, size, 3), np.uint8)
+        decoded = read_ahead(lambda some: [images.read(i) for i in some], parts)
+        blank = np.zeros((size, size, 3), np.uint8)
         for part in progress(decoded, "encoding", 0, len(parts)):
             if asked:
                 raise KeyboardInterrupt
@@ -840,8 +841,7 @@ def toy(index, size=64):
     unit = rng.uniform(0.78, 1) * min(0.8, 0.92 / breadth)  # the landmark's height; it fits the frame
     room = min(0.12, 0.47 - breadth * unit / 2)
     x, y, depth = rng.uniform((0.5 - room, 0.08, 0.05), (0.5 + room, 0.15, 0.16))
-    horizon = y + depth
-    side = 4 * size
+    horizon, side = y + depth, 4 * size
     heights = 1 - (np.arange(side) + 0.5) / side
     stops = zip(0.86 * ground, ground, haze, zenith)  # per channel, from the foot of the picture up
     column = np.stack([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops], axis=-1)
