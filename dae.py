@@ -49,7 +49,7 @@ class Config:
     post_quant_conv: bool = knob(True, "1x1 convolution before the decoder; SD3 and FLUX have none")
     # training (KL autoencoders)
     batch: int = knob(12, "images per training step")
-    lr: float = knob(5.4e-5, "learning rate of Adam (LDM: 4.5e-6 x batch); it falls to 0 in the last third")
+    lr: float = knob(5.4e-5, "learning rate of Adam (LDM: 4.5e-6 x batch), falls to 0 in the last third")
     steps: int = knob(250_000, "training steps")
     kl_weight: float = knob(1e-6, "weight of the KL to N(0, 1), summed over the latent")
     edge_weight: float = knob(0.0, "weight of the L1 of the error's differences between neighbouring pixels")
@@ -58,10 +58,12 @@ class Config:
     adversarial_start: int = knob(50_001, "step at which the adversarial term starts")
 
     def __post_init__(self):
-        positive = min(self.z_channels, self.blocks, self.batch, self.lr, *self.widths) > 0
-        bounded = 0 < len(self.mult) <= 12 and self.blocks <= 16
-        if not (positive and bounded and set(self.attention) <= set(range(len(self.mult)))):
-            raise ValueError("expected sizes > 0, 1 to 12 levels, <= 16 blocks, attention at existing levels")
+        sizes = self.z_channels, self.width, self.blocks, self.batch, self.lr, *self.mult
+        numbers = all(type(size) in (int, float) and 0 < size < math.inf for size in sizes)
+        levels, widths = range(len(self.mult)), self.widths if numbers else []
+        bounded = 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
+        if not (bounded and widths and all(c > 0 and c % 32 == 0 for c in widths)):
+            raise ValueError("expected sizes > 0, width x mult = 32, 64, .., 1 to 12 levels, <= 16 blocks")
 
     @property
     def widths(self):
@@ -227,9 +229,8 @@ class Discriminator(nn.Sequential):
     """PatchGAN (Isola et al., 2017): x (B, 3, H, W) -> logits of overlapping patches."""
     def __init__(self, width=64):
         layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for c, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
-            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * c)]
-            layers += [nn.LeakyReLU(0.2)]
+        for c, step in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            layers += [nn.Conv2d(c, 2 * c, 4, step, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
         for layer in self:
             if hasattr(layer, "weight"):
@@ -502,8 +503,7 @@ def find(content, source):
     """The autoencoder in what `read` returned, in any wrapping and naming, as Found. Raises LoadError."""
     tensors = dict(flatten(content))
     prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
-    found = str(list(tensors)[:3])[:200]
-    require(prefixes, f"{source}: holds no autoencoder (expected {FIRST}, found {found})")
+    require(prefixes, f"{source}: no autoencoder (expected {FIRST}, found {str(list(tensors)[:3])[:200]})")
     prefix = min([p for p in prefixes if p.endswith("first_stage_model.")] or prefixes, key=len)
     ignored = (f"{prefix}loss.", f"{prefix}model_ema.")
     own = [name for name in tensors if name.startswith(prefix) and not name.startswith(ignored)]

@@ -8,7 +8,7 @@ latent groups z_1 .. z_L that model the latents of an image autoencoder (dae.py)
 
 A group is represented by its noise under the prior, eps_i = (z_i - mean_i) / std_i: "eps in, x out, None =
 draw it" is sampling, reconstruction, interpolation and outpainting. A training on latents h (N, 4, 16, 16)
-and labels (N,), 0 to 7, for which `adapted` makes others of the preset:
+and labels (N,), 0 to 7 (`adapted` is for others), with copy, torch, lvae and dataclasses.replace imported:
 
     config = replace(lvae.PRESETS["toy"], shift=h.mean().item(), scale=h.std().item())
     model = lvae.LVAE(config).train()
@@ -102,7 +102,7 @@ class Config:
 
 def resolutions(config):
     """Side of each level, finest first: halved down to 4, then 1 (an upsampler stops at its input's size)."""
-    last = config.resolution // config.upsample if config.upsample else 4
+    last = max(1, config.resolution // config.upsample) if config.upsample else 4
     sides = [config.resolution]
     while sides[-1] > last:
         sides.append(sides[-1] // 2)
@@ -450,8 +450,8 @@ class LVAE(nn.Module):
         if any(len(w) != len(self.levels) for w in weights):
             raise ValueError(f"guidance takes a number, or one per level: {len(self.levels)}")
         guidance = list(zip(*weights)) if any(map(any, weights)) else None  # a pair per level
-        if guidance is not None and (label is None or not self.config.num_classes):
-            raise ValueError("guidance needs a class-conditional model and a label")
+        if guidance and (label is None or not (self.config.num_classes and self.config.hierarchical_prior)):
+            raise ValueError("guidance needs a class-conditional model, a hierarchical prior, and a label")
         label = self._embed(label, n)
         if guidance is not None:
             label = torch.cat([label, self.embedding.weight[-1:].expand(n, -1)])
@@ -478,8 +478,8 @@ class LVAE(nn.Module):
         if config.upsample:
             given.append((low_res, (config.data_channels, *(s // config.upsample for s in size))))
         for tensor, shape in given:
-            if tensor.shape != (n, *shape):
-                raise ValueError(f"noise or low_res of shape {tuple(tensor.shape)}, expected {(n, *shape)}")
+            if tensor is None or tensor.shape != (n, *shape):
+                raise ValueError(f"noise or low_res {getattr(tensor, 'shape', None)}, expected {(n, *shape)}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
         if guidance is not None:
             x = torch.cat([x, x])  # two streams: with and without the label
@@ -537,7 +537,7 @@ def kl_weights(kl, shares):
 Loss = namedtuple("Loss", "loss distortion rate weighted_rate spectral kl")
 
 def distortions(out, x, config):
-    """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats: variances stay above sigma_q^2."""
+    """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats. Variances below sigma_q^2 cost."""
     var_q, error = config.sigma_q ** 2, x.float() - out.mean   # (B, C, H, W)
     kl = 0.5 * ((var_q + error.square()) * torch.exp(-out.logvar) - 1 + out.logvar - math.log(var_q))
     return kl.sum((1, 2, 3))

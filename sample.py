@@ -57,19 +57,12 @@ class Sampler:
             place(module, self.device, self.dtype).requires_grad_(False)
         self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
         self.size = self.out_size = self.config.resolution * self.dae.config.f  # of images, in pixels
-        self.compiled, self.upsampler = False, None
+        self.upsampler = None
         if upsampler:
             self.upsampler = Sampler(upsampler, device, precision)
             self.out_size = self.upsampler.size  # of what `draw` gives
             fits = self.size * self.upsampler.config.upsample == self.out_size
             require(fits, f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
-
-    def compile(self):
-        """Compile what generates: it takes minutes."""
-        self.compiled = True
-        self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
-        if self.upsampler:
-            self.upsampler.compile()
 
     def noise(self, seed, numbers, size=None):
         """Whitened noise of samples `numbers`, a list of (B, z, h, w), top-down; a stream each."""
@@ -124,20 +117,17 @@ class Sampler:
         return torch.as_tensor(label, device=self.device) if known else None
 
     def labels(self, text):
-        """Classes by commas, each a name, a unique beginning of one, a number, or 'none'; a name that has
-        commas itself is found first. None: all (of a model without classes [0]). Raises ValueError."""
+        """A class, or several by commas, each a name, its unique beginning, a number, or 'none'. None: all
+        (of a model without classes [0]). Raises ValueError."""
         count, labels = self.config.num_classes, []
         if not text:
             return list(range(count or 1))
-        words, numbers = text.lower().split(","), {"none": count} | {str(i): i for i in range(count)}
+        text, numbers = text.strip().lower(), {"none": count} | {str(i): i for i in range(count)}
         for names in (self.folders, self.classes):
             numbers |= {name.strip().lower(): i for i, name in enumerate(names[:count])}
-        while words:
-            known = [n for n in range(1, len(words) + 1) if ",".join(words[:n]).strip() in numbers]
-            n = max(known, default=1)
-            word, words = ",".join(words[:n]).strip(), words[n:]
-            found = {i for name, i in numbers.items() if name.startswith(word)}
-            label = numbers.get(word, found.pop() if len(found) == 1 else None)
+        for word in [text] if text in numbers else text.split(","):  # a name may have commas itself
+            found = {i for name, i in numbers.items() if name.startswith(word.strip())}
+            label = numbers.get(word.strip(), found.pop() if len(found) == 1 else None)
             require(label is not None, f"--label {word}: no such class, or several; expected none, a number, "
                     f"or a name: {', '.join(list(numbers)[-50:])[:300]} ..")
             labels.append(label)
@@ -162,8 +152,6 @@ def make_sampler(args):
                       random_checkpoint(args.source) if preset else None)
     require(not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
             f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
-    if args.compile:
-        sampler.compile()
     return sampler
 
 def guidance(sampler, args):
@@ -221,7 +209,7 @@ def encoded(sampler, images, batch, text=None, limit=None):
     """(uint8 images, latents (B, C, h, w), labels (B,)) of batches, as in `batches`. The class is what `text`
     names, or the sub-folder (a model that knows no names takes these in order), or the likeliest."""
     count = sampler.config.num_classes
-    if count and not text and images.classes and (sampler.folders or len(images.classes) > count):
+    if count and not text and images.classes and (sampler.folders or len(images.classes) != count):
         relabel(images, sampler.folders, "the images")
     named = sampler.label(text) if text and count else None
     for rows, some in batches(images, batch, limit):
@@ -247,23 +235,17 @@ def save_grid(path, rows, **names):
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
-    """Draw samples: a grid to look at, an .npz for metrics, or a folder of PNGs."""
+    """Draw samples: a grid to look at, or an .npz for metrics, or both."""
     weights, classes, size = guidance(sampler, args), sampler.labels(args.label), sampler.out_size
     if not (args.n or args.label):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
-    labels, out = even_labels(classes, n), args.out
-    if args.png_dir:
-        os.makedirs(args.png_dir, exist_ok=True)  # refused before the work
-    elif not args.npz:
-        out = out or "samples.png"
+    labels, out = even_labels(classes, n), args.out or (None if args.npz else "samples.png")
     # Samples are kept shuffled: the Inception Score is taken over consecutive parts of an .npz.
     row = np.random.default_rng(args.seed).permutation(n)
-    with shared_array(f"{args.npz or out or args.png_dir}.images.tmp", (n, size, size, 3)) as array:
+    with shared_array(f"{args.npz or out}.images.tmp", (n, size, size, 3)) as array:
         for numbers, images in draw_all(sampler, args, labels, weights):
             array[row[numbers]] = images
-            for number, image in zip(numbers, images if args.png_dir else ()):
-                save_picture(os.path.join(args.png_dir, f"{number:06d}.png"), [[image]], gap=0)
         asked_to_stop()  # all processes wait here
         if world()[0]:
             return
@@ -273,7 +255,7 @@ def generate(sampler, args):
         if out:
             shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
             save_samples(sampler, out, np.array(array[row[shown]]), labels[shown])
-    say(f"{n} samples of {size}x{size} pixels: " + " ".join(filter(None, (args.npz, out, args.png_dir))))
+    say(f"{n} samples of {size}x{size} pixels: " + " ".join(filter(None, (args.npz, out))))
 
 @contextlib.contextmanager
 def shared_array(path, shape):
@@ -336,15 +318,11 @@ def channel_kl(out):
     return torch.stack([lvae.gaussian_kl(l.posterior, l.prior).sum((2, 3)).mean(0) for l in out.latents])
 
 def manifold(sampler, args):
-    """Figure 4: the most active channel of the first group and of the second, swept from -range to range."""
+    """Figure 4: the most active channel, in 64 samples, of the first group and of the second, swept."""
     require(sampler.model.sides[0] == 1 < sampler.config.groups[-1], "the model has no two groups at 1x1")
     label = sampler.label(args.label)
-    if args.data is None:
-        parts = [(None, sampler.generate(sampler.noise(args.seed, range(64)), label), label)]
-    else:
-        parts = encoded(sampler, find_images(sampler, args.data), args.batch, limit=256)
-    kl = sum(len(x) * channel_kl(sampler.infer(x, some)) for _, x, some in parts)  # (L, z)
-    across, down = kl[:2].argmax(1).tolist()
+    x = sampler.generate(sampler.noise(args.seed, range(64)), label)
+    across, down = channel_kl(sampler.infer(x, label))[:2].argmax(1).tolist()  # of (L, z)
     values, rows = torch.linspace(-args.range, args.range, args.steps, device=sampler.device), []
     for value in values:
         noise = [eps.repeat(args.steps, 1, 1, 1) for eps in sampler.noise(args.seed, [0])]
@@ -471,7 +449,7 @@ def described(parts, network):
 def statistics(path, network, batch, size):
     """What is known of the images of an .npz, or of a folder. A reference batch has its mu and sigma."""
     if not path.endswith(".npz"):
-        images = open_images(path, size or common_side(path))
+        images = open_images(path, size)
         known = described((some for _, some in batches(images, batch)), network)
         if "probabilities" in known:  # they are sorted, and the Inception Score goes by parts
             known["probabilities"] = np.random.default_rng(0).permutation(known["probabilities"])
@@ -487,10 +465,10 @@ def statistics(path, network, batch, size):
         require(fits, f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
-def common_side(path):
-    """The short side of the images in a folder. Raises ValueError if they differ."""
-    sides = set()
-    for name in open_images(path, 8).names:
+def common_side(paths):
+    """The short side of the images in folders. Raises ValueError if they differ."""
+    sides, path = set(), " ".join(paths)
+    for name in (name for path in paths for name in open_images(path, 8).names):
         with contextlib.suppress(Exception), Image.open(name) as image:
             sides.add(min(image.size))
     extremes = f"from {min(sides)} to {max(sides)} pixels" if sides else "unknown"
@@ -521,7 +499,10 @@ def evaluate(sampler, args):
         weights = {} if args.reconstruct else guidance(sampler, args)
         size = size or (sampler.size if args.reconstruct else sampler.out_size)
         paths.remove(args.source)
-    for path in sorted(paths, key=lambda path: not path.endswith(".npz")):  # first, as it may tell the side
+    folders = [path for path in paths if not path.endswith(".npz")]
+    for path in (*(paths - set(folders)), *folders):  # an .npz may tell the side of folders
+        if path in folders:
+            size = size or common_side(folders)
         known[path] = statistics(path, network, args.batch, size)
         size = size or int(known[path].get("side", 0))
     if sampler:
@@ -589,8 +570,7 @@ def bench(sampler, args):
     peak = matmul_rate(device, sampler.dtype)
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.source}: {sampler.size}x{sampler.size} images, {'' if guided else 'not '}guided, batch "
-          f"{args.batch}, {str(sampler.dtype)[6:]}, {'' if sampler.compiled else 'not '}compiled; "
-          f"{kind}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
+          f"{args.batch}, {str(sampler.dtype)[6:]}; {kind}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
     print("stage     GFLOP per image   s per 1000 images  share of peak   images/s")
     costs = {}
     for name, (stage, n) in stages.items():
@@ -614,16 +594,13 @@ def updater(sampler, x, label):
     """A function that does a training step of the first n samples, of a new model like the sampler's."""
     model = place(lvae.LVAE(sampler.config).train(), sampler.device)
     ema, adam = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
-    if sampler.compiled:
-        model.compile(dynamic=False)
     return lambda n: lvae.train_step(model, ema, adam, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
 
 def count_flops(stage):
     """The floating-point operations of stage(1), 2 for each multiplication with an addition."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    eager = torch.compiler.set_stance("force_eager")  # what is compiled cannot be counted
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         stage(1)
     return counter.get_total_flops()
 
@@ -663,15 +640,15 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "a": (str, None, "an image file"), "b": (str, None, "another"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the image's own)"),
     "--mean-guidance": (several(float), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
-    "--variance-guidance": (several(float), None, "w_sigma, likewise (0; ImageNet 3)"),
-    "--temperature": (amount, 1.0, "multiplies the std of every prior"),
+    "--variance-guidance": (several(float), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
+    "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),
     "--upsampler": (str, None, "checkpoint of an upsampler, to enlarge the samples (Table 1)"),
     "--n": (positive, None, "how many images; under torchrun it is called --samples"),
     "--out": (picture, None, "the picture, .png, .jpg or .webp"),
     "--npz": (table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
     "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
-    "--png-dir": (str, None, "a folder for a PNG per sample"), "--range": (amount, 2.25, "where axes end"),
+    "--range": (amount, 2.25, "where axes end"),
     "--direction": (("right", "left", "both", "down", "up"), "right", "where it grows"),
     "--width": (positive, 2, "in images; the height, if it grows down or up"),
     "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),
@@ -686,15 +663,14 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 where the hardware has it"),
-    "--compile": (bool, False, "torch.compile: takes minutes, for a thousand images or more on a GPU"),
     "--dae": (str, None, "autoencoder file, instead of the one in the checkpoint")}
-COMMON = "--batch --seed --device --precision --compile --dae"
+COMMON = "--batch --seed --device --precision --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
-    generate: f"{GUIDED} --upsampler --n --out --npz --png-dir",
+    generate: f"{GUIDED} --upsampler --n --out --npz",
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "a b --label --steps=5 --out=interpolation.png",
-    manifold: "--label --data --steps=7 --range --out=manifold.png",
+    manifold: "--label --steps=7 --range --out=manifold.png",
     outpaint: "image --label --direction --width --out=outpainted.png",
     rates: "--data --label --n=1000",
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "

@@ -208,14 +208,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 717, "train": 875, "sample": 731, "test_lvae": 880}, 0
+    budgets, raises = {"lvae": 620, "dae": 717, "train": 881, "sample": 707, "test_lvae": 889}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 221_500
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_000
 
 @in_folder()
 def test_copied_alone():
@@ -250,6 +250,7 @@ def test_layers():
     close(layer(x), x + layer.out(mixed.transpose(1, 2).flatten(2)).mT.view_as(x))
 
 def test_kl_schedule():
+    refused("upsample", functools.partial(replace, TINY, upsample=-2))
     shares = lvae.kl_shares(TINY)
     close([shares.sum(), shares[-1] / shares[0]], [66.7, 1010 / 11], 1e-4)
     per = lvae.kl_shares(replace(TINY, kl_schedule=("constant_per", 8, 4, 2, 1)))
@@ -291,6 +292,9 @@ def test_generation():
     close(model.generate(noise, model.embedding(LABEL)), model.generate(noise, LABEL))
     refused("expected", model.generate, noise[1:]), refused("range", model.generate, None, [0, 11])
     refused("guidance", model.generate, noise, None, None, 1.0)
+    for config in (replace(CLASSES, hierarchical_prior=False), replace(TINY, num_classes=0)):
+        refused("guidance", lvae.LVAE(config).generate, None, LABEL, None, 1.0)
+    refused("expected", lvae.LVAE(lvae.PRESETS["toy-upsampler"]).generate)
 
 def test_label_dropout_and_precision():
     (model, noise), seen = awake(replace(CLASSES, label_dropout=1.0)), []
@@ -387,6 +391,8 @@ def test_autoencoder_training():
         assert dae.train_step(parts, optimizers, factor * x, noise, step)["skipped"] == (step == 2)
         states[step] = leaves(ae, adversary, *optimizers.values())
     assert same(states[1], states[2]) and not same(states[2], states[3])
+    ae.quant_conv.bias.data[4:] = 99
+    assert (ae.moments(x)[1] == 20).all()
 
 # ---------------- files
 class ForeignDict(dict):
@@ -527,16 +533,16 @@ def cells(path, rows, columns):
 @in_folder()
 def test_samples():
     images = []
-    for options in ("--npz a.npz", "--batch 3", "--batch 3 --compile", "--precision bf16", "--seed 1",
+    for options in ("--npz a.npz --out samples.png", "--batch 3", "--precision bf16", "--seed 1",
                     "--temperature 0"):
-        with patch.object(torch, "compile", lambda function: function):
-            sampling(f"generate {RUN} --n 7 --png-dir pngs {options}")
-        images.append(np.stack([Image.open(f"pngs/{i:06d}.png") for i in range(7)]))
-    a, small_batch, compiled, bf16, seed, cold = images
-    assert near(a, small_batch) and near(a, compiled) and near(a, bf16, 20) and not near(a, bf16, 0)
+        sampling(f"generate {RUN} --n 8 {options}")
+        images.append(cells("samples.png", 2, 4).reshape(8, 32, 32, 3))  # four of each class
+    a, small_batch, bf16, seed, cold = images
+    assert near(a, small_batch) and near(a, bf16, 20) and not near(a, bf16, 0)
     assert not near(a, seed, 10) and near(cold[:4], cold[:1]) and not list(Path().glob("*tmp"))
     with np.load("a.npz") as file:
-        order = [[image.tobytes() for image in a].index(image.tobytes()) for image in file["arr_0"]]
+        order = [np.abs(a - image).max((1, 2, 3)).argmin() for image in file["arr_0"]]
+        assert sorted(order) == list(range(8)) and near(a[order], file["arr_0"], 0)
         assert file["arr_1"].tolist() == [i // 4 for i in order] != sorted(file["arr_1"])
 
 @in_folder()
@@ -553,9 +559,10 @@ def test_figures():
     *middle, embedded = [(a[:1] + a[1:]) / 2 for a in (*noise, sampler.model.embedding(own))]
     steps = [images[0], ends[0], *sampler.images(middle, embedded), ends[1], images[10]]
     assert near(cells("interpolation.png", 1, 5)[0], steps)
-    out = sampler.model(x, label, [torch.zeros(20, *shape) for shape in sampler.model.latent_shapes()])
+    drawn, first = sampler.generate(sampler.noise(0, range(64)), 0), torch.zeros(64, dtype=torch.long)
+    out = sampler.model(drawn, first, [torch.zeros(64, *shape) for shape in sampler.model.latent_shapes()])
     kl = torch.stack([lvae.gaussian_kl(l.posterior, l.prior).sum((0, 2, 3)) for l in out.latents[:2]])
-    channels = list(map(int, re.findall(r"channel (\d+)", sampling(f"manifold {RUN} --data photos"))))
+    channels = list(map(int, re.findall(r"channel (\d+)", sampling(f"manifold {RUN}"))))
     assert channels == kl.argmax(1).tolist()
     noise = sampler.noise(0, [0])
     noise[0][:, channels[0]], noise[1][:, channels[1]] = 2.25, -2.25
@@ -646,7 +653,8 @@ def test_evaluation():
         refused("Read-only", table, "photos --export y.npz")
     refused("written", table, "photos --export photos/a/0.png/y.npz")
     Image.open(A).resize((10, 10)).save("photos/a/icon.png")
-    refused("from 10 to 32", table, "photos")
+    for folders in ("photos", "photos/a --reference photos/b"):
+        refused("from 10 to 32", table, folders)
     said = sampling("evaluate photos --features net.pt --image-size 24")
     assert "images of 24x24" in said
 
@@ -655,11 +663,11 @@ def test_upsampling_stack():
     for name in ("toy-rgb16 --num-classes 2", "toy-upsampler"):
         training(f"--data photos --steps 1 --batch 2 --width 16 --encoder-width 16 --dataset {name}")
     base, up = (f"runs/{name}/checkpoint.pt" for name in ("toy-rgb16", "toy-upsampler"))
-    sampling(f"generate {base} --upsampler {up} --n 2 --png-dir large")
+    sampling(f"generate {base} --upsampler {up} --n 2 --npz large.npz")
     base, up = (sample.Sampler(path, precision="fp32") for path in (base, up))
     low_res = up.latents(base.images(base.noise(0, [0, 1]), LABEL))
     large = up.images(up.noise((0, 1), [0, 1]), None, low_res=low_res)
-    drawn = [Image.open(f"large/00000{i}.png") for i in (0, 1)]
+    drawn = np.load("large.npz")["arr_0"][np.random.default_rng(0).permutation(2)]  # in their order again
     assert near(drawn, large)
     assert not near(drawn, up.images(up.noise((0, 1), [0, 1]), None, low_res=-low_res), 5)
 
@@ -719,7 +727,7 @@ def test_other_peoples_folders():
     assert "9 images" in sampling(f"reconstruct {RUN} photos/a")
     sampler = sample.Sampler(RUN)
     sampler.classes = sampler.folders = ["cats, small", "dogs"]
-    assert sampler.labels("dogs,cats, small") == [1, 0] == sampler.labels("1,cats")
+    assert sampler.labels("Cats, small") == [0] and sampler.labels("dogs, cats") == [1, 0]
 
 @in_folder()
 def test_kinds_of_data():
@@ -761,6 +769,10 @@ def test_resuming_is_bit_identical():
             training(PHOTOS + "other")
     assert same(saved("run"), saved("other")) and log_of("run") == log_of("other")
     refused("trained with width = 16", training, PHOTOS + "run --width 32")
+    with patch.object(lvae, "train_step", side_effect=RuntimeError), suppress(RuntimeError):
+        training(PHOTOS + "third")  # as where memory runs out: before the first step all may change
+    training(PHOTOS + "third --batch 2 --accumulate 2 --recompute --steps 1")
+    training(PHOTOS + "third --batch 2 --accumulate 2 --steps 2")
     os.remove("run/dae.pt")  # the checkpoint alone is enough
     with open("run/log.jsonl", "a") as file:
         file.write('{"stage": "lvae", "st')  # as a kill may leave it
@@ -772,6 +784,7 @@ def test_resuming_is_bit_identical():
 def test_full_disk_second_process_and_a_hundred_skips():
     before, real = saved("run"), train.log
     for function, command, line in (("fsync", training, f"{PHOTOS}run --steps 6"),
+                                    ("replace", training, f"{PHOTOS}run --steps 6"),
                                     ("posix_fallocate", sampling, f"generate {RUN} --n 4 --out x.png")):
         with patch.object(os, function, side_effect=OSError(28, "No space left on device")):
             refused("No space left", command, line)
@@ -845,10 +858,13 @@ def test_xla():
 @in_folder()
 def test_mistakes_are_refused():
     os.mkdir("empty"), os.mkdir("bad"), Path("bad/a.png").write_text("x")
-    for cause, options in (("no image found", "--data empty"), ("No such", "--dae none.pt"),
+    for cause, options in (("no image found", "--data empty"), ("a share", "--holdout 5"),
+                           ("expected sizes", "--dae train --dae-mult 1,x"),
+                           ("No such", "--dae none.pt"),
                            ("no usable image", "--data bad"), ("invalid", "--dataset x"),
                            ("heads", "--heads 7,7,7,7"), ("does not fit", "--num-classes 1")):
         refused(cause, training, f"--data photos --dae none --image-size 16 --out x {options}")
+    refused("needs a --scale", training, LATENTS + "x --shift 1")
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
                            ("written", f"--out {A}/x.png")):
         refused(cause, sampling, f"generate {RUN} {options}")

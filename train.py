@@ -73,7 +73,7 @@ def loop(run, stage, steps, path, facts, parts, update, look):
         seed_step(run.seed, step)  # all that is random is of (seed, step)
         stats = update(step)
         in_a_row = in_a_row + 1 if stats["skipped"] else 0
-        require(in_a_row < 100, f"100 steps in a row of the {stage} skipped: lower its learning rate")
+        require(in_a_row < 100, f"100 steps in a row of the {stage} skipped: another --out, a lower rate")
         stats["skipped"] += facts["skipped"]
         facts |= {"step": step, "skipped": stats["skipped"]}
         stopping, last = asked_to_stop(), step == steps
@@ -128,7 +128,7 @@ def train_both(index, run, model_options, dae_options):
             place(ae, device)  # channels-last: only training is slower so
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not config.scale:  # to be measured on up to 10,000 of the latents
-            h = data.h[data.train[::max(1, len(data.train) // 10_000)], 0].astype(np.float32)
+            h = data.h[data.train[::1 + len(data.train) // 10_000], 0].astype(np.float32)
             require(h.std() > 0, "nothing to learn from: all images are the same")
             config = replace(config, shift=float(h.mean()), scale=float(h.std()))
         train_lvae(run, config, ae, data, start, device, dtype)
@@ -137,8 +137,8 @@ def starting_point(run, options):
     """What a run goes on from, as load_checkpoint has it: its own checkpoint, --init's model, or a preset,
     then without "model". And its autoencoder, None if it is to be trained or there is none. ValueError."""
     path = os.path.join(run.out, "checkpoint.pt")
-    if os.path.exists(path):
-        start = load_checkpoint(path)
+    start = load_checkpoint(path) if os.path.exists(path) else {}
+    if start and (start["step"] or not start["run"]):  # before step 1 all may change: memory may run out
         compare(start["run"] | asdict(start["config"]), options, path)
         return start, autoencoder_of(start, path)
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
@@ -153,7 +153,8 @@ def starting_point(run, options):
     if name == "none":
         config = replace(config, first_stage=name, shift=127.5, scale=127.5)
         return start | {"config": config}, daes.Identity()
-    scale = 0.0 if name == "train" or start["dae"] else config.scale  # 0: to be measured
+    new = name == "train" or config.first_stage == "none" or start["dae"]  # then its scale is to be measured
+    scale = 0.0 if new else config.scale
     ae = None if name in ("train", "latents") else daes.load(name)
     return start | {"config": replace(config, first_stage=name, scale=scale)}, ae
 
@@ -184,6 +185,7 @@ def fitted(run, start, options, shape, classes):
     if run.dataset == "toy" and "model" not in start:  # this preset follows the user's own data
         config = lvae.adapted(config, shape[0], int(shape[1]), classes)
     config = replace(config, **options)
+    require(config.scale or "shift" not in options, "--shift needs a --scale: without one both are measured")
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config is for {expected}: --image-size?")
     least = config.num_classes if run.init and not run.data.endswith(".npz") else 1  # --init numbers them
@@ -234,7 +236,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
             if ae is not None:
                 save_pictures(run, ema, ae, data, step, device)
     loop(run, "lvae", config.steps, path, facts, parts | {"dae": ae or daes.Identity()}, update, look)
-    say(f"done: {path}, {facts['skipped']} steps skipped. Samples: python sample.py generate {path}")
+    say(f"done: {path}, {facts['skipped']} steps skipped")
 
 def held_out(model, data, device):
     """Held-out distortion and rate, nats per sample, and negative ELBO, bits per dimension. Repeatable."""
@@ -281,8 +283,10 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     must_match = must_match | {"dae_options": asdict(config)}
-    start = daes.read(path) if os.path.exists(path) else {"run": must_match}
-    compare(start.get("run", {}) if isinstance(start, dict) else {}, must_match, path)
+    start = daes.read(path) if os.path.exists(path) else {"step": 0}
+    if start.get("step") != 0:  # before the first step all may change
+        compare(start.get("run", {}), must_match, path)
+    start = start if start.get("step") else {}
     facts = {"run": must_match} | resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
@@ -372,7 +376,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
         with contextlib.suppress(KeyboardInterrupt):
             daes.write(path, save)
     if asked_to_stop():  # all processes wait here
-        stop("the images are not all encoded yet")
+        stop("before the second stage")
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
     say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
@@ -508,13 +512,13 @@ def to_rgb(image):
     return image.convert("RGB")
 
 # ---------------------------------------------------------------- files
-def save_picture(path, rows, row_names=(), column_names=(), gap=2):
+def save_picture(path, rows, row_names=(), column_names=()):
     """Save rows of uint8 images (H, W, 3), of any lengths, as one: JPEG or WebP if called so, else PNG."""
     names = [[printable(name) for name in some or ()] for some in (row_names, column_names)]
-    height, width = (np.max([image.shape[:2] for row in rows for image in row], axis=0) + gap).tolist()
+    height, width = (np.max([image.shape[:2] for row in rows for image in row], axis=0) + 2).tolist()
     font = ImageFont.load_default(max(10, min(32, min(height, width) // 7)))
-    left = max((8 + int(font.getlength(name)) for name in names[0]), default=gap)
-    top = 4 + int(font.size * 1.3) if column_names else gap
+    left = max((8 + int(font.getlength(name)) for name in names[0]), default=2)
+    top = 4 + int(font.size * 1.3) if column_names else 2
     sheet = Image.new("RGB", (left + width * max(map(len, rows)), top + height * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
@@ -536,7 +540,7 @@ def save_checkpoint(path, facts, parts):
 
 def load_checkpoint(path):
     """A checkpoint.pt or a pipeline of the authors (a file, or church, bedroom, imagenet: downloaded) -> a
-    dict: config (lvae.Config), ema, dae, classes, dataset, step, run. Tensors are views. Raises LoadError."""
+    dict: config (lvae.Config), ema, dae, classes, dataset, run, step; ours also model, optimizer, skipped."""
     path = daes.local(path)
     state = daes.read(path)
     with explained(f"{path}: not a checkpoint of train.py's second stage, nor a pipeline of the paper"):
@@ -578,9 +582,9 @@ def resume(start, parts, path):
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
 def compare(found, asked, path):
-    """A run resumes with the options it began with; only the LVAE's steps may differ. Raises ValueError."""
+    """A run resumes with the options it began with, but for what changes no result. Raises ValueError."""
     for name, value in asked.items():
-        may_differ = name == "steps" or (name, value) == ("scale", 0)  # 0: it was measured
+        may_differ = name in ("steps", "recompute") or (name, value) == ("scale", 0)  # 0: it was measured
         was = found.get(name)
         require(may_differ or was == value, f"{path} was trained with {name} = {was}, asked for {value}: "
                 "give the same options to resume, or another --out")
@@ -719,7 +723,8 @@ def parse(argv):
                     "choices": choices.get(f.name)}
             if isinstance(f.default, bool):
                 more = {"action": argparse.BooleanOptionalAction}
-            text = f.metadata["help"].replace("%", "%%") + (f" ({f.default})" if kind is Run else "")
+            text = f.metadata["help"].replace("%", "%%")
+            text += f" ({f.default})" if kind is Run and f.default != "" else ""
             if f.name != "first_stage":  # decided by --dae
                 section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text, **more)
     given = vars(parser.parse_args(argv))
@@ -731,6 +736,7 @@ def parse(argv):
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
     npz, for_images = run.data.endswith(".npz"), run.flip or run.val or run.image_size
     stage = run.dae or ("--init's" if run.init else lvae.PRESETS[run.dataset].first_stage)
+    require(run.holdout < 1, "--holdout is a share, below 1")
     require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: for church, say, LSUN's "
             "church_outdoor_train_lmdb (http://dl.yf.io/lsun/scenes), for imagenet its folder of synsets")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
