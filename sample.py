@@ -579,8 +579,6 @@ def bench(sampler, args):
     for name, (flop, seconds) in costs.items():
         print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%} "
               f"{1 / seconds:10.2f}")
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB")
 
 def random_checkpoint(name):
     """An untrained model of a preset, in the form of a checkpoint."""

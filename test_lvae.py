@@ -208,14 +208,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 717, "train": 881, "sample": 707, "test_lvae": 889}, 0
+    budgets, raises = {"lvae": 620, "dae": 717, "train": 881, "sample": 705, "test_lvae": 899}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_000
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_550
 
 @in_folder()
 def test_copied_alone():
@@ -549,6 +549,9 @@ def test_samples():
 def test_figures():
     sampler, images, x, label = begin()
     own = torch.tensor([sample.likeliest(sampler, latent) for latent in x[[0, 10]]])
+    outs = [sampler.infer(x[[0, 10]], torch.tensor([label] * 2)) for label in (0, 1)]
+    nats = [lvae.distortions(out, x[[0, 10]], sampler.config) + out.kl.sum(0) for out in outs]
+    assert torch.equal(own, torch.stack(nats).argmin(0))
     noise = sampler.posterior(x[[0, 10]], own)
     ends, mixed = (sampler.images(eps, own) for eps in (noise, noise[:1] + sampler.noise(0, [0, 1])[1:]))
     sampling(f"reconstruct {RUN} {A} {B} --groups 1")
@@ -682,6 +685,13 @@ def test_bench():
     close(plain["together"], plain["LVAE"] + plain["decoder"], 1e-3)
 
 # ---------------- data
+def test_order_and_seeds():
+    """Every epoch has all items, in an order of its own; noise is of (seed, step)."""
+    a, b = (np.concatenate([train.batch_indices(0, 12, 4, n + i) for i in range(3)]) for n in (0, 3))
+    assert sorted(a) == sorted(b) == list(range(12)) and a.tolist() != b.tolist()
+    drawn = [train.seed_step(0, step) or float(torch.rand(1)) for step in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+
 @in_folder()
 def test_images():
     digest = hashlib.sha256(b"".join(train.toy(i, 64)[0].tobytes() for i in range(64))).hexdigest()
