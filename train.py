@@ -376,7 +376,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
         with contextlib.suppress(KeyboardInterrupt):
             daes.write(path, save)
     if asked_to_stop():  # all processes wait here
-        stop("before the second stage")
+        stop("stopped before the second stage")
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
     say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
