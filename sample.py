@@ -152,6 +152,9 @@ def make_sampler(args):
                       random_checkpoint(args.source) if preset else None)
     require(not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
             f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
+    if args.compile:
+        sampler.model.generate = torch.compile(sampler.model.generate)
+        sampler.dae.decode = torch.compile(sampler.dae.decode)
     return sampler
 
 def guidance(sampler, args):
@@ -598,7 +601,8 @@ def count_flops(stage):
     """The floating-point operations of stage(1), 2 for each multiplication with an addition."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    eager = torch.compiler.set_stance("force_eager")  # what is compiled cannot be counted
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
         stage(1)
     return counter.get_total_flops()
 
@@ -661,8 +665,9 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 where the hardware has it"),
+    "--compile": (bool, False, "torch.compile what samples: takes minutes, for many images on a GPU"),
     "--dae": (str, None, "autoencoder file, instead of the one in the checkpoint")}
-COMMON = "--batch --seed --device --precision --dae"
+COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
     generate: f"{GUIDED} --upsampler --n --out --npz",

@@ -208,14 +208,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 717, "train": 881, "sample": 705, "test_lvae": 899}, 0
+    budgets, raises = {"lvae": 620, "dae": 717, "train": 881, "sample": 710, "test_lvae": 888}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_550
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_300
 
 @in_folder()
 def test_copied_alone():
@@ -403,7 +403,8 @@ def test_every_file_of_autoencoders():
     new, beside = "vae/diffusion_pytorch_model.safetensors", Path("vae/config.json")
     for config in (dae.Config(z_channels=6, width=32, mult=(1, 3, 2), blocks=2, attention=(2,)),
                    replace(SMALL, mid_attention=False, codebook=8, post_quant_conv=False),
-                   replace(SMALL, z_channels=16, quant_conv=False)):
+                   replace(SMALL, z_channels=16, quant_conv=False), replace(SMALL, post_quant_conv=False),
+                   replace(SMALL, z_channels=16, quant_conv=False, post_quant_conv=False)):  # SD3's, FLUX's
         state = dae.Autoencoder(config).state_dict()
         torch.save({"state_dict": {**state, "loss.x": torch.ones(1)}, "x": ForeignDict(a=1)}, "model.ckpt")
         quiet(dae.main, f"convert model.ckpt {new}"), quiet(dae.main, f"convert {new} back.pt")
@@ -418,26 +419,12 @@ def test_every_file_of_autoencoders():
             file.write("model.ckpt")
         for name in (new, "back.pt", "full.ckpt", "older.bin", "before-1.6.pt", "download.zip"):
             assert same(dae.load(name).state_dict(), state), name
-            assert f"mult {config.mult}" in quiet(dae.main, f"info {name}")
+            said, convs = quiet(dae.main, f"info {name}"), (config.quant_conv, config.post_quant_conv)
+            assert f"mult {config.mult}" in said and "quant_conv %s, post_quant_conv %s" % convs in said
+        fields = json.loads(beside.read_text())
+        assert config.codebook or (fields["use_quant_conv"], fields["use_post_quant_conv"]) == convs
         said = quiet(dae.main, "info full.ckpt")
         assert "first_stage_model" in said and "model.* (1 tensors)" in said
-    fields = json.loads(beside.read_text())
-    assert not fields["use_quant_conv"] and fields["use_post_quant_conv"]
-
-@in_folder()
-def test_first_stages_without_quant_convs():
-    """SD3's and FLUX's, and either conv alone: loaded, described, and converted both ways to the bit."""
-    beside = "vae/diffusion_pytorch_model.safetensors"
-    for quant, post in ((False, False), (True, False), (False, True)):
-        config = replace(SMALL, z_channels=16, quant_conv=quant, post_quant_conv=post)
-        state = dae.Autoencoder(config).state_dict()
-        torch.save(state, "a.ckpt"), quiet(dae.main, f"convert a.ckpt {beside}")
-        quiet(dae.main, f"convert {beside} back.ckpt")
-        for name in ("a.ckpt", beside, "back.ckpt"):
-            assert same(dae.load(name).state_dict(), state)
-            assert f"quant_conv {quant}, post_quant_conv {post}" in quiet(dae.main, f"info {name}")
-        fields = json.loads(Path("vae/config.json").read_text())
-        assert (fields["use_quant_conv"], fields["use_post_quant_conv"]) == (quant, post)
 
 @in_folder()
 def test_what_tensors_cannot_tell():
@@ -533,9 +520,10 @@ def cells(path, rows, columns):
 @in_folder()
 def test_samples():
     images = []
-    for options in ("--npz a.npz --out samples.png", "--batch 3", "--precision bf16", "--seed 1",
+    for options in ("--npz a.npz --out samples.png", "--batch 3 --compile", "--precision bf16", "--seed 1",
                     "--temperature 0"):
-        sampling(f"generate {RUN} --n 8 {options}")
+        with patch.object(torch, "compile", lambda function: function):
+            sampling(f"generate {RUN} --n 8 {options}")
         images.append(cells("samples.png", 2, 4).reshape(8, 32, 32, 3))  # four of each class
     a, small_batch, bf16, seed, cold = images
     assert near(a, small_batch) and near(a, bf16, 20) and not near(a, bf16, 0)

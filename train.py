@@ -582,7 +582,7 @@ def resume(start, parts, path):
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
 def compare(found, asked, path):
-    """A run resumes with the options it began with, but for what changes no result. Raises ValueError."""
+    """A run resumes with the options it began with, but for steps and recomputing. Raises ValueError."""
     for name, value in asked.items():
         may_differ = name in ("steps", "recompute") or (name, value) == ("scale", 0)  # 0: it was measured
         was = found.get(name)
