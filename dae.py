@@ -590,7 +590,7 @@ def config_beside(path):
         return {}
 
 def open_file(path):
-    """What `find` finds in a file, or under a published name, and its Autoencoder. Raises LoadError."""
+    """What `find` finds in a file or a published one, and its Autoencoder. Raises LoadError."""
     path = local(path)
     found, theirs = find(read(path), path), config_beside(path)
     ae = from_state(found.state, path)
@@ -693,10 +693,10 @@ def at_least(low, kind=int):
     return number
 
 def cli(main):
-    """Run a command; a user's mistake, a full disk or a bad file is one line and exit code 2."""
+    """Run a command; a user's mistake, a bad file, a full disk or GPU: one line, exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -665,7 +665,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 where the hardware has it"),
-    "--compile": (bool, False, "torch.compile what samples: takes minutes, for many images on a GPU"),
+    "--compile": (bool, False, "torch.compile: takes minutes, for many images on a GPU"),
     "--dae": (str, None, "autoencoder file, instead of the one in the checkpoint")}
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"

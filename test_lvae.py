@@ -1,4 +1,4 @@
-"""Tests on a CPU, in 3 minutes: `python test_lvae.py [part of a name ...]`, or pytest.
+"""Tests on a CPU, 3 minutes: `python test_lvae.py [part of a name ...]`, or pytest.
 
 The models are held against values of the original code, losses and metrics against their formulas.
 """
