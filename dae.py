@@ -63,7 +63,7 @@ class Config:
         levels, widths = range(len(self.mult)), self.widths if numbers else []
         bounded = 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
         if not (bounded and widths and all(c > 0 and c % 32 == 0 for c in widths)):
-            raise ValueError("expected sizes > 0, width x mult = 32, 64, .., 1 to 12 levels, <= 16 blocks")
+            raise ValueError("expected sizes > 0, widths 32 n, 1-12 levels, 1-16 blocks, attention in them")
 
     @property
     def widths(self):
@@ -229,8 +229,8 @@ class Discriminator(nn.Sequential):
     """PatchGAN (Isola et al., 2017): x (B, 3, H, W) -> logits of overlapping patches."""
     def __init__(self, width=64):
         layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for c, step in ((width, 2), (2 * width, 2), (4 * width, 1)):
-            layers += [nn.Conv2d(c, 2 * c, 4, step, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
+        for c, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            layers += nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)
         super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
         for layer in self:
             if hasattr(layer, "weight"):

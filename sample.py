@@ -38,7 +38,8 @@ from train import (asked_to_stop, autoencoder_of, explained, image_files, list_i
 class Sampler:
     """A checkpoint's EMA weights and autoencoder on a device: noise or images in, uint8 images out. A label
     is a class's number, (B,) of them, or None; a model without classes takes no notice of it."""
-    def __init__(self, path, device="auto", precision="auto", dae=None, upsampler=None, state=None):
+    def __init__(self, path, device="auto", precision="auto", dae=None, upsampler=None, state=None,
+                 compile=False):
         """dae: a file, instead of the checkpoint's own; upsampler: a checkpoint; state: what is in `path`."""
         state = state or load_checkpoint(path)
         self.device, self.dtype = setup(device, precision)
@@ -57,9 +58,11 @@ class Sampler:
             place(module, self.device, self.dtype).requires_grad_(False)
         self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
         self.size = self.out_size = self.config.resolution * self.dae.config.f  # of images, in pixels
-        self.upsampler = None
+        self.compiled, self.upsampler = compile, None
+        if compile:
+            self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
         if upsampler:
-            self.upsampler = Sampler(upsampler, device, precision)
+            self.upsampler = Sampler(upsampler, device, precision, compile=compile)
             self.out_size = self.upsampler.size  # of what `draw` gives
             fits = self.size * self.upsampler.config.upsample == self.out_size
             require(fits, f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
@@ -149,12 +152,9 @@ def make_sampler(args):
     """The sampler of the command line: of a checkpoint, or, to bench a preset, with random weights."""
     preset = args.command == "bench" and args.source in lvae.PRESETS
     sampler = Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None),
-                      random_checkpoint(args.source) if preset else None)
+                      random_checkpoint(args.source) if preset else None, args.compile)
     require(not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
             f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
-    if args.compile:
-        sampler.model.generate = torch.compile(sampler.model.generate)
-        sampler.dae.decode = torch.compile(sampler.dae.decode)
     return sampler
 
 def guidance(sampler, args):
@@ -449,7 +449,7 @@ def described(parts, network):
              "sigma": np.cov(features, rowvar=False, dtype=np.float64), "saturation": saturation.mean()}
     return known if probabilities is None else known | {"probabilities": probabilities}
 
-def statistics(path, network, batch, size):
+def statistics(path, network, batch, size=None):
     """What is known of the images of an .npz, or of a folder. A reference batch has its mu and sigma."""
     if not path.endswith(".npz"):
         images = open_images(path, size)
@@ -470,12 +470,12 @@ def statistics(path, network, batch, size):
 
 def common_side(paths):
     """The short side of the images in folders. Raises ValueError if they differ."""
-    sides, path = set(), " ".join(paths)
+    sides = set()
     for name in (name for path in paths for name in open_images(path, 8).names):
         with contextlib.suppress(Exception), Image.open(name) as image:
             sides.add(min(image.size))
     extremes = f"from {min(sides)} to {max(sides)} pixels" if sides else "unknown"
-    require(len(sides) == 1, f"{path}: the images' short sides are {extremes}: say the --image-size")
+    require(len(sides) == 1, f"{' '.join(paths)}: short sides are {extremes}: say the --image-size")
     return sides.pop()
 
 def made(sampler, args, weights):
@@ -494,8 +494,7 @@ def made(sampler, args, weights):
 def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
     Of a checkpoint's samples or reconstructions, an .npz or a folder, against an .npz (a reference batch of
-    that evaluator, or one exported here) or a folder. Saturation is the mean of HSV's (footnote 2).
-    """
+    that evaluator, or one exported here) or a folder. Saturation is the mean of HSV's (footnote 2)."""
     device, size, known = setup(args.device)[0], args.image_size, {}
     network, paths = load_network(args.features, device), {args.source, args.reference} - {None}
     if sampler:
@@ -503,11 +502,12 @@ def evaluate(sampler, args):
         size = size or (sampler.size if args.reconstruct else sampler.out_size)
         paths.remove(args.source)
     folders = [path for path in paths if not path.endswith(".npz")]
-    for path in (*(paths - set(folders)), *folders):  # an .npz may tell the side of folders
-        if path in folders:
-            size = size or common_side(folders)
-        known[path] = statistics(path, network, args.batch, size)
+    for path in paths.difference(folders):  # it may tell the side of folders
+        known[path] = statistics(path, network, args.batch)
         size = size or int(known[path].get("side", 0))
+    for path in folders:
+        size = size or common_side(folders)
+        known[path] = statistics(path, network, args.batch, size)
     if sampler:
         known[args.source] = described(made(sampler, args, weights), network)
     found, reference = known[args.source], known.get(args.reference, {})
@@ -565,9 +565,7 @@ def bench(sampler, args):
         low_res = lvae.shrink(x[:n], config) if config.upsample else None
         sampler.generate([eps[:n] for eps in noise], label[:n], low_res=low_res, **weights)
 
-    def decoder(n):
-        sampler.decode(x[:n])
-    stages = {"LVAE": (model, args.batch), "decoder": (decoder, args.batch)}
+    stages = {"LVAE": (model, args.batch), "decoder": (lambda n: sampler.decode(x[:n]), args.batch)}
     if args.train:
         stages["training"] = updater(sampler, x, label), args.train
     peak = matmul_rate(device, sampler.dtype)
@@ -592,9 +590,11 @@ def random_checkpoint(name):
             "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
 
 def updater(sampler, x, label):
-    """A function that does a training step of the first n samples, of a new model like the sampler's."""
+    """A training step of the first n samples, by a new model like the sampler's."""
     model = place(lvae.LVAE(sampler.config).train(), sampler.device)
     ema, adam = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
+    if sampler.compiled:
+        model.compile(dynamic=False)
     return lambda n: lvae.train_step(model, ema, adam, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
 
 def count_flops(stage):
@@ -665,7 +665,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 where the hardware has it"),
-    "--compile": (bool, False, "torch.compile: takes minutes, for many images on a GPU"),
+    "--compile": (bool, False, "torch.compile: takes minutes"),
     "--dae": (str, None, "autoencoder file, instead of the one in the checkpoint")}
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"

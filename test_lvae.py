@@ -768,7 +768,7 @@ def test_resuming_is_bit_identical():
     assert same(saved("run"), saved("other")) and log_of("run") == log_of("other")
     refused("trained with width = 16", training, PHOTOS + "run --width 32")
     with patch.object(lvae, "train_step", side_effect=RuntimeError), suppress(RuntimeError):
-        training(PHOTOS + "third")  # as where memory runs out: before the first step all may change
+        training(PHOTOS + "third")  # before the first step all may change
     training(PHOTOS + "third --batch 2 --accumulate 2 --recompute --steps 1")
     training(PHOTOS + "third --batch 2 --accumulate 2 --steps 2")
     os.remove("run/dae.pt")  # the checkpoint alone is enough

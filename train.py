@@ -138,8 +138,7 @@ def starting_point(run, options):
     then without "model". And its autoencoder, None if it is to be trained or there is none. ValueError."""
     path = os.path.join(run.out, "checkpoint.pt")
     start = load_checkpoint(path) if os.path.exists(path) else {}
-    if start and (start["step"] or not start["run"]):  # before step 1 all may change: memory may run out
-        compare(start["run"] | asdict(start["config"]), options, path)
+    if start and resumes(start, asdict(start["config"]), options, path):
         return start, autoencoder_of(start, path)
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
     if run.init:
@@ -153,10 +152,9 @@ def starting_point(run, options):
     if name == "none":
         config = replace(config, first_stage=name, shift=127.5, scale=127.5)
         return start | {"config": config}, daes.Identity()
-    new = name == "train" or config.first_stage == "none" or start["dae"]  # then its scale is to be measured
-    scale = 0.0 if new else config.scale
+    new = name == "train" or config.first_stage == "none" or start["dae"]  # scale to be measured
     ae = None if name in ("train", "latents") else daes.load(name)
-    return start | {"config": replace(config, first_stage=name, scale=scale)}, ae
+    return start | {"config": replace(config, first_stage=name, scale=0.0 if new else config.scale)}, ae
 
 def autoencoder_of(state, path):
     """The autoencoder of a checkpoint; None if there is none in it."""
@@ -283,10 +281,8 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     must_match = must_match | {"dae_options": asdict(config)}
-    start = daes.read(path) if os.path.exists(path) else {"step": 0}
-    if start.get("step") != 0:  # before the first step all may change
-        compare(start.get("run", {}), must_match, path)
-    start = start if start.get("step") else {}
+    start = daes.read(path) if os.path.exists(path) else {}
+    start = start if start and resumes(start, {}, must_match, path) else {}
     facts = {"run": must_match} | resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
@@ -581,13 +577,17 @@ def resume(start, parts, path):
         say(f"resuming {path} at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
-def compare(found, asked, path):
-    """A run resumes with the options it began with, but for steps and recomputing. Raises ValueError."""
+def resumes(state, config, asked, path):
+    """Whether to go on from a state: not before its first step. ValueError if begun otherwise."""
+    run = state.get("run", {}) if isinstance(state, dict) else {}
+    if run and state["step"] == 0:  # all may change yet, as memory may run out
+        return False
     for name, value in asked.items():
         may_differ = name in ("steps", "recompute") or (name, value) == ("scale", 0)  # 0: it was measured
-        was = found.get(name)
+        was = (run | config).get(name)
         require(may_differ or was == value, f"{path} was trained with {name} = {was}, asked for {value}: "
                 "give the same options to resume, or another --out")
+    return True
 
 def claim(out):
     """Make a run's folder, and lock its log until what is returned is closed. ValueError if another has."""
@@ -723,8 +723,8 @@ def parse(argv):
                     "choices": choices.get(f.name)}
             if isinstance(f.default, bool):
                 more = {"action": argparse.BooleanOptionalAction}
-            text = f.metadata["help"].replace("%", "%%")
-            text += f" ({f.default})" if kind is Run and f.default != "" else ""
+            shown = f" ({f.default})" if kind is Run and f.default != "" else ""
+            text = f.metadata["help"].replace("%", "%%") + shown
             if f.name != "first_stage":  # decided by --dae
                 section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text, **more)
     given = vars(parser.parse_args(argv))
