@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 # ---------------------------------------------------------------- configuration
 def knob(default, help):
@@ -432,16 +433,11 @@ def contents(path):
         else:
             require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
             content = load_safetensors(path)
-    stack, seen, total = [content], 0, 0
-    while stack:
-        value, seen = stack.pop(), seen + 1
-        if torch.is_tensor(value):
-            total += value.nbytes
-            vars(value).clear()  # attributes that the file gave it
-        elif isinstance(value, (dict, list, tuple)):
-            stack += value.values() if isinstance(value, dict) else value
-        require(seen <= 1_000_000 and total <= 2 * os.path.getsize(path),  # tied weights count twice
-                "a hostile file: what it holds is larger than itself")
+    tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
+    for tensor in tensors:
+        vars(tensor).clear()  # attributes that the file gave it
+    require(sum(tensor.nbytes for tensor in tensors) <= 2 * os.path.getsize(path),  # tied weights count twice
+            "a hostile file: what it holds is larger than itself")
     return content
 
 def read(path):

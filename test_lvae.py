@@ -208,14 +208,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 717, "train": 881, "sample": 710, "test_lvae": 888}, 0
+    budgets, raises = {"lvae": 620, "dae": 713, "train": 881, "sample": 710, "test_lvae": 893}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_300
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_800
 
 @in_folder()
 def test_copied_alone():
@@ -449,7 +449,6 @@ def test_what_tensors_cannot_tell():
 
 class Call:
     """Pickles as the call of a function."""
-
     def __reduce__(self):
         return os.system, ("touch broken-in",)
 
@@ -643,6 +642,9 @@ def test_evaluation():
     with patch.object(np, "savez", side_effect=OSError(30, "Read-only file system")):
         refused("Read-only", table, "photos --export y.npz")
     refused("written", table, "photos --export photos/a/0.png/y.npz")
+    with patch.object(sample.Sampler, "draw", autospec=True, side_effect=sample.Sampler.draw) as draw:
+        table(f"{RUN} --n 16")  # the Inception Score goes by parts: classes are mixed
+    assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
     Image.open(A).resize((10, 10)).save("photos/a/icon.png")
     for folders in ("photos", "photos/a --reference photos/b"):
         refused("from 10 to 32", table, folders)
@@ -767,8 +769,12 @@ def test_resuming_is_bit_identical():
             training(PHOTOS + "other")
     assert same(saved("run"), saved("other")) and log_of("run") == log_of("other")
     refused("trained with width = 16", training, PHOTOS + "run --width 32")
-    with patch.object(lvae, "train_step", side_effect=RuntimeError), suppress(RuntimeError):
+    with patch.object(lvae, "train_step", side_effect=RuntimeError), suppress(RuntimeError), \
+            patch.object(dae, "train_step", side_effect=dae.train_step) as steps:
         training(PHOTOS + "third")  # before the first step all may change
+    seen, photos = dae.to_uint8(torch.cat([call.args[2] for call in steps.call_args_list])), begin()[1]
+    straight = [any(near(photo, image, 0) for photo in photos) for image in seen]
+    assert 0 < sum(straight) < len(seen)  # --flip mirrors some
     training(PHOTOS + "third --batch 2 --accumulate 2 --recompute --steps 1")
     training(PHOTOS + "third --batch 2 --accumulate 2 --steps 2")
     os.remove("run/dae.pt")  # the checkpoint alone is enough
