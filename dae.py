@@ -293,16 +293,16 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
     with context:
         loss, hinge, terms = training_losses(parts["dae"], x, noise, adversary, perceptual, average)
     losses = {"dae": loss} if hinge is None else {"dae": loss, "discriminator": hinge}
+    # LDM's is constant; but a run starts calmer if its rate warms up, and ends sharper if it falls to zero.
+    lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
     for name, objective in losses.items():
         optimizers[name].zero_grad()  # the autoencoder's loss has reached the adversary
+        optimizers[name].param_groups[0]["lr"] = lr
         objective.backward()
     gradients = [p.grad for name in losses for p in parts[name].parameters()]
     if average is not None:
         average(gradients)
     norm = float(torch.nn.utils.get_total_norm(gradients))
-    # LDM's is constant; but a run starts calmer if its rate warms up, and ends sharper if it falls to zero.
-    lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
-    optimizers["dae"].param_groups[0]["lr"] = lr
     if math.isfinite(norm):
         for name in losses:
             optimizers[name].step()
@@ -444,7 +444,8 @@ def read(path):
     """What a file of weights holds (.safetensors, any torch.save's, or one in a zip), as plain containers and
     CPU tensors, views of the mapped file: copy what is to be kept. Raises LoadError."""
     try:
-        require(os.path.isfile(path) or not os.path.exists(path), "a folder or a device")  # a pipe would wait
+        usable = os.path.isfile(path) or not os.path.exists(path)  # a pipe would wait
+        require(usable, "a folder or a device, not a file")
         temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         with temporary as folder, warnings.catch_warnings(action="ignore"):
             file = unpack(path, folder)
@@ -689,10 +690,12 @@ def at_least(low, kind=int):
     return number
 
 def cli(main):
-    """Run a command; a user's mistake, a bad file, a full disk or GPU: one line, exit code 2."""
+    """Run a command; a user's mistake, a bad file, a full disk or memory: one line, exit code 2."""
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory|compiler", str(e)):
+            raise  # not the user's
         print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

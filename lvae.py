@@ -565,8 +565,8 @@ def make_optimizer(model):
 
 def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, average=None):
     """One update, step = 1, 2, ..: Adam and the average, or no change if the gradient is out of bounds.
-    batches: config.accumulate tuples of `forward`'s arguments; dtype: of the convs; average(tensors) replaces
-    tensors by their mean over all processes. Returns named statistics, those of Loss on the device."""
+    batches: config.accumulate tuples of `forward`'s arguments; dtype: of the convs, float32 or bfloat16;
+    average(tensors) puts their mean over all processes into them. Returns named statistics."""
     config, device = model.config, batches[0][0].device
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad()

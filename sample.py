@@ -45,7 +45,7 @@ class Sampler:
         self.device, self.dtype = setup(device, precision)
         self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
         self.folders = self.classes = state["classes"]  # the names of the folders that it learned from
-        synsets = all(name[0] == "n" and name[1:].isdigit() for name in self.folders)
+        synsets = all(name[:1] == "n" and name[1:].isdigit() for name in self.folders)
         if self.dataset == "imagenet" and synsets and len(self.folders) in (0, 1000):
             names = Path(__file__).parent / "assets" / "imagenet_classes.txt"
             self.classes = names.read_text("utf-8").splitlines()
@@ -78,6 +78,7 @@ class Sampler:
         """Samples `numbers` of a seed -> uint8 (B, H, W, 3)."""
         images, up = self.images(self.noise(seed, numbers), label, **guidance), self.upsampler
         if up:
+            label = label if self.config.num_classes else None
             images = up.images(up.noise((seed, 1), numbers), label, low_res=up.latents(images))
         return images
 
@@ -198,7 +199,8 @@ def batches(images, batch, limit=None):
 def find_images(sampler, path):
     """The images of --data, or of the data that the model was trained on."""
     path = sampler.data if path is None else path
-    require(path is not None, "name a folder of images with --data ('toy' is the built-in scenes)")
+    require(path is not None and not path.endswith(".npz"),
+            "name a folder of images with --data ('toy' is the built-in scenes)")
     return open_images(path, sampler.size)
 
 def find_photos(sampler, paths):
@@ -213,7 +215,7 @@ def encoded(sampler, images, batch, text=None, limit=None):
     names, or the sub-folder (a model that knows no names takes these in order), or the likeliest."""
     count = sampler.config.num_classes
     if count and not text and images.classes and (sampler.folders or len(images.classes) != count):
-        relabel(images, sampler.folders, "the images")
+        relabel(images, sampler.folders, "without --label")
     named = sampler.label(text) if text and count else None
     for rows, some in batches(images, batch, limit):
         x, labels = sampler.latents(some), images.labels[rows]
@@ -326,7 +328,7 @@ def manifold(sampler, args):
     label = sampler.label(args.label)
     x = sampler.generate(sampler.noise(args.seed, range(64)), label)
     across, down = channel_kl(sampler.infer(x, label))[:2].argmax(1).tolist()  # of (L, z)
-    values, rows = torch.linspace(-args.range, args.range, args.steps, device=sampler.device), []
+    values, rows = torch.linspace(-2.25, 2.25, args.steps, device=sampler.device), []
     for value in values:
         noise = [eps.repeat(args.steps, 1, 1, 1) for eps in sampler.noise(args.seed, [0])]
         noise[0][:, across], noise[1][:, down] = values[:, None, None], value
@@ -445,6 +447,7 @@ def described(parts, network):
         rows.append((*network(images), ((top - low) / np.maximum(top, 1)).mean((1, 2))))
     features, probabilities, saturation = (None if part[0] is None else np.concatenate(part)
                                            for part in zip(*rows))
+    require(len(features) > 1, "one image has no covariance")
     known = {"mu": features.mean(0, dtype=np.float64), "features": features, "side": top.shape[1],
              "sigma": np.cov(features, rowvar=False, dtype=np.float64), "saturation": saturation.mean()}
     return known if probabilities is None else known | {"probabilities": probabilities}
@@ -622,10 +625,9 @@ def writable(*endings):
     """argparse type: the name of a file to write, refused before the work that would fill it."""
     def name(text):
         folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
-        if os.path.isdir(text) or not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise argparse.ArgumentTypeError(f"{text}: cannot be written")
-        if not text.lower().endswith(endings):
-            raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in {' or '.join(endings)}")
+        possible = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(text)
+        if not (possible and text.lower().endswith(endings)):
+            raise argparse.ArgumentTypeError(f"{text}: cannot be written, or is no {' or '.join(endings)}")
         return text
     return name
 
@@ -635,14 +637,14 @@ def several(kind):
         return [kind(word) for word in text.split(",")]
     return values
 
-positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
+positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), at_least(-math.inf, float)
 picture, table = writable(".png", ".jpg", ".webp"), writable(".npz")
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
     "images": (list, None, "image files, folders"), "image": (str, None, "an image file"),
     "a": (str, None, "an image file"), "b": (str, None, "another"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the image's own)"),
-    "--mean-guidance": (several(float), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
-    "--variance-guidance": (several(float), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
+    "--mean-guidance": (several(weight), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
+    "--variance-guidance": (several(weight), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
     "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),
     "--upsampler": (str, None, "checkpoint of an upsampler, to enlarge the samples (Table 1)"),
     "--n": (positive, None, "how many images; under torchrun it is called --samples"),
@@ -650,7 +652,6 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--npz": (table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
     "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
-    "--range": (amount, 2.25, "where axes end"),
     "--direction": (("right", "left", "both", "down", "up"), "right", "where it grows"),
     "--width": (positive, 2, "in images; the height, if it grows down or up"),
     "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),
@@ -673,7 +674,7 @@ COMMANDS = {  # their options, some with a default of their own
     generate: f"{GUIDED} --upsampler --n --out --npz",
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "a b --label --steps=5 --out=interpolation.png",
-    manifold: "--label --steps=7 --range --out=manifold.png",
+    manifold: "--label --steps=7 --out=manifold.png",
     outpaint: "image --label --direction --width --out=outpainted.png",
     rates: "--data --label --n=1000",
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
@@ -689,8 +690,8 @@ def main(argv=None):
         text = function.__doc__
         own = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
         own.set_defaults(function=function)
-        own.add_argument("source", help="checkpoint, or church, bedroom, imagenet; to evaluate also .npz or "
-                         "folder; to bench also a preset")
+        own.add_argument("source", help="checkpoint, or church, bedroom, imagenet; to evaluate also .npz, "
+                         "folder or toy; to bench also a preset")
         for name, _, special in (word.partition("=") for word in f"{options} {COMMON}".split()):
             kind, default, text = OPTIONS[name]
             more = {"choices" if isinstance(kind, tuple) else "type": kind}

@@ -208,14 +208,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 713, "train": 881, "sample": 710, "test_lvae": 893}, 0
+    budgets, raises = {"lvae": 620, "dae": 716, "train": 888, "sample": 711, "test_lvae": 895}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 222_800
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 223_700
 
 @in_folder()
 def test_copied_alone():
@@ -642,6 +642,7 @@ def test_evaluation():
     with patch.object(np, "savez", side_effect=OSError(30, "Read-only file system")):
         refused("Read-only", table, "photos --export y.npz")
     refused("written", table, "photos --export photos/a/0.png/y.npz")
+    refused("no image found", table, "run --image-size 32")  # its grids are no samples
     with patch.object(sample.Sampler, "draw", autospec=True, side_effect=sample.Sampler.draw) as draw:
         table(f"{RUN} --n 16")  # the Inception Score goes by parts: classes are mixed
     assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
@@ -776,7 +777,7 @@ def test_resuming_is_bit_identical():
     straight = [any(near(photo, image, 0) for photo in photos) for image in seen]
     assert 0 < sum(straight) < len(seen)  # --flip mirrors some
     training(PHOTOS + "third --batch 2 --accumulate 2 --recompute --steps 1")
-    training(PHOTOS + "third --batch 2 --accumulate 2 --steps 2")
+    training(PHOTOS.replace("photos", "photos/") + "third --batch 2 --accumulate 2 --steps 2")
     os.remove("run/dae.pt")  # the checkpoint alone is enough
     with open("run/log.jsonl", "a") as file:
         file.write('{"stage": "lvae", "st')  # as a kill may leave it
@@ -869,6 +870,7 @@ def test_mistakes_are_refused():
                            ("heads", "--heads 7,7,7,7"), ("does not fit", "--num-classes 1")):
         refused(cause, training, f"--data photos --dae none --image-size 16 --out x {options}")
     refused("needs a --scale", training, LATENTS + "x --shift 1")
+    shutil.copy(A, "photos/a/new.png"), refused("16, 4] images", training, PHOTOS + "run --steps 6")
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
                            ("written", f"--out {A}/x.png")):
         refused(cause, sampling, f"generate {RUN} {options}")

@@ -150,7 +150,8 @@ def starting_point(run, options):
     config = start["config"]
     name = run.dae or ("latents" if run.data.endswith(".npz") else config.first_stage)
     if name == "none":
-        config = replace(config, first_stage=name, shift=127.5, scale=127.5)
+        if config.first_stage != name:
+            config = replace(config, first_stage=name, shift=127.5, scale=127.5)
         return start | {"config": config}, daes.Identity()
     new = name == "train" or config.first_stage == "none" or start["dae"]  # scale to be measured
     ae = None if name in ("train", "latents") else daes.load(name)
@@ -185,8 +186,9 @@ def fitted(run, start, options, shape, classes):
     config = replace(config, **options)
     require(config.scale or "shift" not in options, "--shift needs a --scale: without one both are measured")
     expected = config.data_channels, config.resolution, config.resolution
-    require(shape == expected, f"data are (C, H, W) = {shape}, the config is for {expected}: --image-size?")
-    least = config.num_classes if run.init and not run.data.endswith(".npz") else 1  # --init numbers them
+    require(shape == expected, f"data are (C, H, W) = {shape}, the config for {expected}: --image-size?")
+    ordered = run.init and not (start["classes"] or run.data.endswith(".npz"))  # --init's have no names
+    least = config.num_classes if ordered else 1
     require(not config.num_classes or least <= classes <= config.num_classes,
             f"data of {classes} classes (sub-folders, labels) does not fit num_classes {config.num_classes}")
     return config
@@ -201,6 +203,10 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     classes = data.classes if config.num_classes else []
     facts = {"config": asdict(config), "classes": classes, "run": start["run"],
              "dataset": start["dataset"]} | resume(start, parts, path if start.get("step") else run.init)
+    counts = [len(data.train), len(data.held)]
+    facts["counts"] = start.get("counts", counts)
+    require(facts["counts"] == counts, f"{path} had {facts['counts']} images to train on and held out, "
+            f"these are {counts}: go on in another --out, with --init {path}")
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
     say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
@@ -367,7 +373,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
             h[[image is None or not np.isfinite(row).all() for row, image in zip(h, part)]] = np.nan
             file.write(h.astype(np.float16).tobytes())
     if world()[0] == 0 and not os.path.exists(path):
-        for old in Path(run.out).glob("latents_*.npy"):
+        for old in Path(run.out).glob(f"latents_{16 * '[0-9a-f]'}.npy"):
             old.unlink()
         with contextlib.suppress(KeyboardInterrupt):
             daes.write(path, save)
@@ -448,7 +454,7 @@ def list_images(path, out=None):
     seen, files = {os.path.realpath(out or "/")}, []
     for folder, inside, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen or folder != path and {"checkpoint.pt", "dae.pt"} & set(names):
+        if real in seen or {"checkpoint.pt", "dae.pt"} & set(names):
             inside.clear()
             continue
         seen.add(real)
@@ -464,7 +470,7 @@ def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name. Raises ValueError for one that is not there."""
     strange = sorted(set(images.classes) - set(classes))
     require(images.classes and not strange,
-            f"{what}: classes (sub-folders) are {', '.join(classes[:5])} ..; not {strange[:1] or 'none'}")
+            f"{what}: sub-folders are {strange[:1] or 'fewer than two'}, expected classes {classes[:5]} ..")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
@@ -545,8 +551,8 @@ def load_checkpoint(path):
             state |= released_checkpoint(state, path)
         config = lvae.Config(**state["config"])
         require(sum(config.groups + config.encoder_layers) < 1000 and config.scale, "a strange config")
-        return state | {"config": config, "classes": list(map(str, state["classes"])),
-                        "ema": dict(state["ema"]), "dae": dict(state["dae"])}
+        parts = {name: dict(state[name]) for name in ("run", "ema", "dae")}
+        return state | parts | {"config": config, "classes": list(map(str, state["classes"]))}
 
 def released_checkpoint(state, path):
     """A pipeline of the authors, tensors dae.* and vae.* whose shapes tell the preset, as our checkpoint."""
@@ -580,12 +586,13 @@ def resume(start, parts, path):
 def resumes(state, config, asked, path):
     """Whether to go on from a state: not before its first step. ValueError if begun otherwise."""
     run = state.get("run", {}) if isinstance(state, dict) else {}
-    if run and state["step"] == 0:  # all may change yet, as memory may run out
+    if run and state.get("step") == 0:  # all may change yet, as memory may run out
         return False
     for name, value in asked.items():
         may_differ = name in ("steps", "recompute") or (name, value) == ("scale", 0)  # 0: it was measured
         was = (run | config).get(name)
-        require(may_differ or was == value, f"{path} was trained with {name} = {was}, asked for {value}: "
+        same = str(was).rstrip("/") == str(value).rstrip("/")
+        require(may_differ or same, f"{path} was trained with {name} = {was}, asked for {value}: "
                 "give the same options to resume, or another --out")
     return True
 
@@ -742,7 +749,7 @@ def parse(argv):
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
     require(stage == "train" and not npz or not dae_options, "--dae-... options are for --dae train")
     require(not npz or not for_images and run.dae not in ("train", "none"),
-            "--flip, --val, --image-size and --dae train are for images, not for an .npz of latents")
+            "--flip, --val, --image-size, --dae train and none are for images, not for an .npz of latents")
     require(run.device != "xla" or run.compile != "yes" and not model_options.get("recompute"),
             "--compile and --recompute are not for XLA devices")
     return run, model_options, dae_options
