@@ -119,7 +119,7 @@ _BIG_PIXELS = dict(_PIXELS, resolution=256, width=64, encoder_width=64, sigma_q=
 _TOY = dict(resolution=16, num_classes=8, width=48, encoder_width=48, mult=(1, 2, 2, 2), ffn=(0, 2, 2, 2),
             groups=(2, 3, 3, 2), encoder_layers=(2, 2, 2, 1), attention_layers=(0, 1, 1, 0),
             heads=(0, 4, 4, 0), hierarchical_prior=True, kl_schedule=("shifted_exp", 100, 10), lr=1.2e-3,
-            lr_decay=0.5, batch=16, ema=0.995, steps=3000)
+            lr_decay=0.5, batch=16, ema=0.995, steps=3200)
 _TOY_PIXELS = dict(_PIXELS, resolution=64, width=32, encoder_width=32, sigma_q=0.1, spectral_weight=0.25,
                    lr=1e-3, lr_decay=0.5, batch=16, ema=0.995)
 PRESETS = {
