@@ -293,18 +293,18 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
     with context:
         loss, hinge, terms = training_losses(parts["dae"], x, noise, adversary, perceptual, average)
     losses = {"dae": loss} if hinge is None else {"dae": loss, "discriminator": hinge}
-    # LDM's is constant; but a run starts calmer if its rate warms up, and ends sharper if it falls to zero.
-    lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
     for name, objective in losses.items():
         optimizers[name].zero_grad()  # the autoencoder's loss has reached the adversary
-        optimizers[name].param_groups[0]["lr"] = lr
         objective.backward()
     gradients = [p.grad for name in losses for p in parts[name].parameters()]
     if average is not None:
         average(gradients)
     norm = float(torch.nn.utils.get_total_norm(gradients))
+    # LDM's is constant; but a run starts calmer if its rate warms up, and ends sharper if it falls to zero.
+    lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
     if math.isfinite(norm):
         for name in losses:
+            optimizers[name].param_groups[0]["lr"] = lr
             optimizers[name].step()
     else:
         for buffer, value in zip(buffers, before):
@@ -694,7 +694,7 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory|compiler", str(e)):
+        if isinstance(e, RuntimeError) and not re.search("(?i)of ?memory|allocate memory|compiler", repr(e)):
             raise  # not the user's
         print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)

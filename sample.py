@@ -58,7 +58,7 @@ class Sampler:
             place(module, self.device, self.dtype).requires_grad_(False)
         self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
         self.size = self.out_size = self.config.resolution * self.dae.config.f  # of images, in pixels
-        self.compiled, self.upsampler = compile, None
+        self.upsampler = None
         if compile:
             self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
         if upsampler:
@@ -570,7 +570,7 @@ def bench(sampler, args):
 
     stages = {"LVAE": (model, args.batch), "decoder": (lambda n: sampler.decode(x[:n]), args.batch)}
     if args.train:
-        stages["training"] = updater(sampler, x, label), args.train
+        stages["training"] = updater(sampler, x, label, args.compile), args.train
     peak = matmul_rate(device, sampler.dtype)
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{args.source}: {sampler.size}x{sampler.size} images, {'' if guided else 'not '}guided, batch "
@@ -592,11 +592,11 @@ def random_checkpoint(name):
             "ema": lvae.LVAE(config).state_dict(),
             "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
 
-def updater(sampler, x, label):
+def updater(sampler, x, label, compile):
     """A training step of the first n samples, by a new model like the sampler's."""
     model = place(lvae.LVAE(sampler.config).train(), sampler.device)
     ema, adam = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
-    if sampler.compiled:
+    if compile:
         model.compile(dynamic=False)
     return lambda n: lvae.train_step(model, ema, adam, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
 

@@ -122,6 +122,9 @@ def train_both(index, run, model_options, dae_options):
         images, rows = open_data(run, size, start["classes"])
         shape, classes = (ae_config.z_channels, size / f, size / f), len(images.classes)
     config = fitted(run, start, model_options, shape, classes)
+    counts = list(map(len, (data.train, data.held) if npz else rows))
+    require(start.setdefault("counts", counts) == counts, f"{run.out}: had {start['counts']} images (train, "
+            f"held out), now {counts}: another --out, --init")
     with claim(run.out):  # only now: what was asked for fits
         if not npz:
             ae = ae or train_dae(run, ae_config, size, images, rows[0], must_match, device, dtype)
@@ -187,8 +190,8 @@ def fitted(run, start, options, shape, classes):
     require(config.scale or "shift" not in options, "--shift needs a --scale: without one both are measured")
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config for {expected}: --image-size?")
-    ordered = run.init and not (start["classes"] or run.data.endswith(".npz"))  # --init's have no names
-    least = config.num_classes if ordered else 1
+    unnamed = run.init and not (start["classes"] or run.data.endswith(".npz"))
+    least = config.num_classes if unnamed else 1
     require(not config.num_classes or least <= classes <= config.num_classes,
             f"data of {classes} classes (sub-folders, labels) does not fit num_classes {config.num_classes}")
     return config
@@ -202,11 +205,8 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
     classes = data.classes if config.num_classes else []
     facts = {"config": asdict(config), "classes": classes, "run": start["run"],
-             "dataset": start["dataset"]} | resume(start, parts, path if start.get("step") else run.init)
-    counts = [len(data.train), len(data.held)]
-    facts["counts"] = start.get("counts", counts)
-    require(facts["counts"] == counts, f"{path} had {facts['counts']} images to train on and held out, "
-            f"these are {counts}: go on in another --out, with --init {path}")
+             "dataset": start["dataset"], "counts": start["counts"]}
+    facts |= resume(start, parts, path if start.get("step") else run.init)
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
     say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
@@ -591,7 +591,7 @@ def resumes(state, config, asked, path):
     for name, value in asked.items():
         may_differ = name in ("steps", "recompute") or (name, value) == ("scale", 0)  # 0: it was measured
         was = (run | config).get(name)
-        same = str(was).rstrip("/") == str(value).rstrip("/")
+        same = was == value or str(was).rstrip("/") == str(value).rstrip("/")  # photos/
         require(may_differ or same, f"{path} was trained with {name} = {was}, asked for {value}: "
                 "give the same options to resume, or another --out")
     return True
