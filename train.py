@@ -63,12 +63,11 @@ class Run:
 
 # ---------------------------------------------------------------- the loop of both stages
 def loop(run, stage, steps, path, facts, parts, update, look):
-    """Train a stage from facts["step"] to `steps`, keeping facts and parts in the file `path`: update(step)
-    gives named statistics, look(step) shows what was learnt. ValueError if it diverges."""
+    """Train a stage up to `steps` with update(step) -> statistics; facts and parts are kept in `path`."""
     done, in_a_row = facts["step"], 0
     if done == 0:
         save_checkpoint(path, facts, parts)
-    bar = progress(range(done + 1, steps + 1), stage, done, steps)
+    bar = tqdm(range(done + 1, steps + 1), stage, steps, initial=done, unit="step", disable=world()[0] > 0)
     for step in bar:
         seed_step(run.seed, step)  # all that is random is of (seed, step)
         stats = update(step)
@@ -84,8 +83,10 @@ def loop(run, stage, steps, path, facts, parts, update, look):
         if step % run.every == 0 or last or stopping:
             save_checkpoint(path, facts, parts)
             if stopping and not last:
-                stop(f"saved at step {step} of the {stage}")
-            look(step)
+                say(f"{' '.join(asked) or 'signal'}: saved step {step}. The same command goes on from there.")
+                sys.exit()
+            if world()[0] == 0:
+                look(step)
 
 def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
@@ -105,14 +106,10 @@ def train_both(index, run, model_options, dae_options):
     with contextlib.suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGINT, ask)
     device, dtype = setup(run.device, run.precision)
-    may_change = {"out", "device", "precision", "compile", "log_every", "every", "dae_preset"}
-    must_match = {name: value for name, value in asdict(run).items() if name not in may_change}
-    must_match["dae_options"] = dae_options
-    start, ae = starting_point(run, must_match | model_options)
-    start["run"], npz = must_match, run.data.endswith(".npz")
-    require(ae or npz or start["config"].first_stage == "train", "no autoencoder: name one with --dae FILE")
+    wanted, npz = asdict(run) | {"dae_options": dae_options}, run.data.endswith(".npz")
+    start, ae = starting_point(run, wanted | model_options)
+    start["run"] = wanted
     if npz:
-        ae = ae and place(ae, device)  # only for pictures
         data = read_latents(run.data, run.holdout)
         shape, classes = data.h.shape[2:], 0 if data.labels is None else int(data.labels.max()) + 1
         require(not ae or ae.config.z_channels == shape[0], f"--dae: not for latents of {shape[0]} channels")
@@ -126,9 +123,10 @@ def train_both(index, run, model_options, dae_options):
     require(start.setdefault("counts", counts) == counts, f"{run.out}: had {start['counts']} images (train, "
             f"held out), now {counts}: another --out, --init")
     with claim(run.out):  # only now: what was asked for fits
+        if not (ae or npz):
+            ae = train_dae(run, ae_config, size, images, rows[0], wanted, device, dtype)
+        ae = ae and place(ae, device)  # channels-last: only training is slower so
         if not npz:
-            ae = ae or train_dae(run, ae_config, size, images, rows[0], must_match, device, dtype)
-            place(ae, device)  # channels-last: only training is slower so
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not config.scale:  # to be measured on up to 10,000 of the latents
             h = data.h[data.train[::1 + len(data.train) // 10_000], 0].astype(np.float32)
@@ -137,27 +135,26 @@ def train_both(index, run, model_options, dae_options):
         train_lvae(run, config, ae, data, start, device, dtype)
 
 def starting_point(run, options):
-    """What a run goes on from, as load_checkpoint has it: its own checkpoint, --init's model, or a preset,
-    then without "model". And its autoencoder, None if it is to be trained or there is none. ValueError."""
+    """What to go on from (own checkpoint, --init's, a preset), as load_checkpoint has it, and autoencoder."""
     path = os.path.join(run.out, "checkpoint.pt")
-    start = load_checkpoint(path) if os.path.exists(path) else {}
-    if start and resumes(start, asdict(start["config"]), options, path):
+    start = begun(path, load_checkpoint, options)
+    if start:
         return start, autoencoder_of(start, path)
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
     if run.init:
         known = load_checkpoint(run.init)
         require(run.dataset in ("toy", known["dataset"]), f"{run.init} is a model of {known['dataset']}")
         start = {name: known[name] for name in start} | {"model": known["ema"], "ema": known["ema"]}
-    if start["dae"] and not run.dae:
+    config, npz = start["config"], run.data.endswith(".npz")
+    name = run.dae or ("--init's" if start["dae"] else "latents" if npz else config.first_stage)
+    require(name == "train" or not options["dae_options"], "--dae-... options are for --dae train")
+    if name == "--init's":
         return start, autoencoder_of(start, run.init)
-    config = start["config"]
-    name = run.dae or ("latents" if run.data.endswith(".npz") else config.first_stage)
     if name == "none":
-        if config.first_stage != name:
-            config = replace(config, first_stage=name, shift=127.5, scale=127.5)
-        return start | {"config": config}, daes.Identity()
+        pixels = replace(config, first_stage=name, shift=127.5, scale=127.5)
+        return start | {"config": pixels}, daes.Identity()
     new = name == "train" or config.first_stage == "none" or start["dae"]  # scale to be measured
-    ae = None if name in ("train", "latents") else daes.load(name)
+    ae = None if name == "train" or npz and not run.dae else daes.load(name)
     return start | {"config": replace(config, first_stage=name, scale=0.0 if new else config.scale)}, ae
 
 def autoencoder_of(state, path):
@@ -168,15 +165,11 @@ def autoencoder_of(state, path):
 
 def open_data(run, size, classes):
     """A run's images, those of --val last, and which are (to train on, held out). classes: known names."""
-    images = open_images(run.data, size, run.out)
-    if classes:
-        relabel(images, classes, run.data)
+    images = open_images(run.data, size, classes)
     n = len(images.names)
     if not run.val:
         return images, split(n, run.holdout)
-    val = open_images(run.val, size, run.out)
-    if images.classes:
-        relabel(val, images.classes, run.val)
+    val = open_images(run.val, size, images.classes)
     both = Images(images.names + val.names, lambda i: images.open(i) if i < n else val.open(i - n),
                   [images.listing, val.listing], np.append(images.labels, val.labels), images.classes)
     return both, (np.arange(n), np.arange(n, len(both.names)))
@@ -190,9 +183,7 @@ def fitted(run, start, options, shape, classes):
     require(config.scale or "shift" not in options, "--shift needs a --scale: without one both are measured")
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config for {expected}: --image-size?")
-    unnamed = run.init and not (start["classes"] or run.data.endswith(".npz"))
-    least = config.num_classes if unnamed else 1
-    require(not config.num_classes or least <= classes <= config.num_classes,
+    require(not config.num_classes or 1 <= classes <= config.num_classes,
             f"data of {classes} classes (sub-folders, labels) does not fit num_classes {config.num_classes}")
     return config
 
@@ -204,8 +195,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
     classes = data.classes if config.num_classes else []
-    facts = {"config": asdict(config), "classes": classes, "run": start["run"],
-             "dataset": start["dataset"], "counts": start["counts"]}
+    facts = start | {"config": asdict(config), "classes": classes}
     facts |= resume(start, parts, path if start.get("step") else run.init)
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
@@ -232,8 +222,6 @@ def train_lvae(run, config, ae, data, start, device, dtype):
         return stats | {"images_per_s": config.batch * config.accumulate / (time.time() - started)}
 
     def look(step):
-        if world()[0]:
-            return
         with torch.no_grad(), lvae.autocast(device, dtype):
             if len(data.held):
                 log(run, "lvae", step, held_out(ema, data, device))
@@ -273,7 +261,7 @@ def save_pictures(run, model, ae, data, step, device):
                  [to_uint8(ae.decode(part)) for part in parts], ["encoded", "LVAE", *names])
 
 # ---------------------------------------------------------------- stage one: the autoencoder
-def train_dae(run, config, size, images, rows, must_match, device, dtype):
+def train_dae(run, config, size, images, rows, wanted, device, dtype):
     """Train an autoencoder on rows of images (Section 3.1), on every process; resumes from OUT/dae.pt."""
     require(not config.codebook, "--dae train trains KL autoencoders, not VQ ones: --dae-codebook 0")
     require(size >= 32 or not config.adversarial_weight, "an adversary needs --image-size 32 or more")
@@ -286,10 +274,9 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
         parts["discriminator"] = daes.Discriminator().to(device)
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-    must_match = must_match | {"dae_options": asdict(config)}
-    start = daes.read(path) if os.path.exists(path) else {}
-    start = start if start and resumes(start, {}, must_match, path) else {}
-    facts = {"run": must_match} | resume(start, everything, path)
+    wanted = wanted | {"dae_options": asdict(config)}
+    start = begun(path, daes.read, wanted)
+    facts = {"run": wanted} | resume(start, everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
 
@@ -309,8 +296,6 @@ def train_dae(run, config, size, images, rows, must_match, device, dtype):
         return stats | {"images_per_s": config.batch / (time.time() - started)}
 
     def look(step):
-        if world()[0]:
-            return
         good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
         with torch.no_grad(), lvae.autocast(device, dtype):
             rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
@@ -350,8 +335,7 @@ def read_latents(path, holdout):
 
 @torch.no_grad()
 def encode_all(run, ae, size, images, rows, device, dtype):
-    """Encode all images, once, on the first process -> Data. The latents, float16, NaN for bad images, stay
-    in OUT till autoencoder, size or files change."""
+    """Encode all images, once, on the first process -> Data. The latents, NaN for bad images, stay in OUT."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
     key = hashlib.sha256(repr((images.listing, size, run.flip, sums)).encode()).hexdigest()[:16]
     path, side = os.path.join(run.out, f"latents_{key}.npy"), size // ae.config.f
@@ -363,7 +347,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
         np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         decoded = read_ahead(lambda some: [images.read(i) for i in some], parts)
         blank = np.zeros((size, size, 3), np.uint8)
-        for part in progress(decoded, "encoding", 0, len(parts)):
+        for part in tqdm(decoded, "encoding", len(parts)):
             if asked:
                 raise KeyboardInterrupt
             x = to_tensor([blank if image is None else image for image in part]).to(device)
@@ -378,7 +362,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
         with contextlib.suppress(KeyboardInterrupt):
             daes.write(path, save)
     if asked_to_stop():  # all processes wait here
-        stop("stopped before the second stage")
+        sys.exit()
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
     say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
@@ -405,8 +389,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes: no picture is lost for its text
 
 class Images:
-    """A set of images: names, labels (N,) int64, the names of classes (if none, labels are 0), open(i), which
-    raises on a bad one, and a listing, which changes when the files do."""
+    """Names, open(i), which raises on a bad one, a listing, which changes as files do, labels, classes."""
     def __init__(self, names, open, listing, labels=None, classes=()):
         self.names, self.open, self.listing, self.bad = names, open, listing, set()
         self.labels, self.classes = np.zeros(len(names), int) if labels is None else labels, list(classes)
@@ -422,36 +405,38 @@ class Images:
 
     def first_good(self, rows, start):
         """The first of `rows`, from `start` on, that is not bad. Raises ValueError if all are."""
-        for row in itertools.chain(rows[start:], rows[:start]):
-            image = self.read(row)
-            if image is not None:
-                return image
-        raise ValueError(f"no usable image among {len(rows)}")
+        images = map(self.read, itertools.chain(rows[start:], rows[:start]))
+        image = next((image for image in images if image is not None), None)
+        require(image is not None, f"no usable image among {len(rows)}")
+        return image
 
-def open_images(path, size, out=None):
-    """The images of a folder (but its `out`), of an LSUN LMDB, or the toy's ('' or 'toy'). ValueError."""
+def open_images(path, size, known=()):
+    """The images of a folder, an LSUN LMDB or the toy ('', 'toy'), of known classes if any. ValueError."""
     if path in ("", "toy"):
         names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
-        return Images(names, lambda i: toy(i, size)[0], "toy", labels, BREADTH)
-    if os.path.exists(os.path.join(path, "data.mdb")):
-        return lmdb_images(path, size)
-    files = list_images(path, out)
-    require(files, f"{path}: no image found (expected a folder of .jpg, .png, ... at any depth)")
-    images = image_files([os.path.join(path, name) for name, *_ in files], size, files)
-    parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
-    classes, labels = np.unique(parents, return_inverse=True)
-    if "" not in classes and len(classes) > 1:  # all lie in sub-folders, and there are several
-        images.classes, images.labels = classes.tolist(), labels
+        images = Images(names, lambda i: toy(i, size)[0], "toy", labels, BREADTH)
+    elif os.path.exists(os.path.join(path, "data.mdb")):
+        images = lmdb_images(path, size)
+    else:
+        files = list_images(path)
+        require(files, f"{path}: no image found (expected a folder of .jpg, .png, ... at any depth)")
+        images = image_files([os.path.join(path, name) for name, *_ in files], size, files)
+        parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
+        classes, labels = np.unique(parents, return_inverse=True)
+        if "" not in classes and len(classes) > 1:  # all lie in sub-folders, and there are several
+            images.classes, images.labels = classes.tolist(), labels
+    if known:
+        relabel(images, known, path)
     return images
 
 def image_files(names, size, listing=None):
     """Files of images, without classes."""
     return Images(names, lambda i: read_image(names[i], size), listing)
 
-def list_images(path, out=None):
+def list_images(path):
     """(Name, bytes, time) of every image below a folder, sorted; each folder once, and none of a run."""
     endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
-    seen, files = {os.path.realpath(out or "/")}, []
+    seen, files = set(), []
     for folder, inside, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or {"checkpoint.pt", "dae.pt"} & set(names):
@@ -497,8 +482,7 @@ def read_image(source, size):
         return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
 
 def to_rgb(image):
-    """Any Pillow image -> RGB: EXIF-rotated, transparency over white, numbers scaled to 8 bits: 16-bit files
-    by 65535, floats up to 1 by 1, other numbers by 255 or 65535, whichever they fit. Raises OSError."""
+    """Any Pillow image -> RGB: EXIF-rotated, transparency over white, numbers to 8 bits as README says."""
     with contextlib.suppress(Exception):  # an EXIF that is none says nothing
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
@@ -564,7 +548,6 @@ def released_checkpoint(state, path):
             config = asdict(replace(preset, attention="released"))
             dae = daes.find(state, path).state
             return {"config": config, "ema": ema, "dae": dae, "classes": [], "dataset": dataset}
-    raise ValueError("a pipeline of no preset")
 
 @torch.no_grad()
 def resume(start, parts, path):
@@ -583,18 +566,21 @@ def resume(start, parts, path):
         say(f"resuming {path} at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
-def resumes(state, config, asked, path):
-    """Whether to go on from a state: not before its first step. ValueError if begun otherwise."""
+def begun(path, read, wanted):
+    """What `read` finds in a stage's file; {} before its first step. ValueError if it was begun otherwise."""
+    state = read(path) if os.path.exists(path) else {}
     run = state.get("run", {}) if isinstance(state, dict) else {}
-    if run and state.get("step") == 0:  # all may change yet, as memory may run out
-        return False
-    for name, value in asked.items():
-        may_differ = name in ("steps", "recompute") or (name, value) == ("scale", 0)  # 0: it was measured
-        was = (run | config).get(name)
+    if not state or run and state.get("step") == 0:  # all may change yet, as memory may run out
+        return {}
+    known = run | (asdict(state["config"]) if read is load_checkpoint else {})
+    free = "out device precision compile log_every every dae_preset steps recompute".split()
+    for name, value in wanted.items():
+        may_differ = name in free or (name, value) == ("scale", 0)  # 0: it was measured
+        was = known.get(name)
         same = was == value or str(was).rstrip("/") == str(value).rstrip("/")  # photos/
         require(may_differ or same, f"{path} was trained with {name} = {was}, asked for {value}: "
                 "give the same options to resume, or another --out")
-    return True
+    return state
 
 def claim(out):
     """Make a run's folder, and lock its log until what is returned is closed. ValueError if another has."""
@@ -669,9 +655,6 @@ def say(text):
     if world()[0] == 0:
         print(printable(text), flush=True)
 
-def progress(items, what, done, total):
-    return tqdm(items, what, total, initial=done, unit="step", disable=done >= total or world()[0] > 0)
-
 def average(tensors):
     """Replace tensors by their mean over all processes, in place: one message for all."""
     xla, count = sys.modules.get("torch_xla"), world()[1]
@@ -702,19 +685,11 @@ def asked_to_stop():
         average([flag])
     return bool(flag > 0)
 
-def stop(where):
-    """End the program, in which all is saved."""
-    say(f"{asked[0] if asked else 'a signal'}: {where}. The same command goes on from there.")
-    sys.exit()
-
 # ---------------------------------------------------------------- command line
 def values(text):
     """argparse type: A,B,.. -> a tuple of ints, floats or words."""
-    def value(word):
-        for kind in (int, float, str):
-            with contextlib.suppress(ValueError):
-                return kind(word)
-    return tuple(value(word) for word in text.split(",") if word)
+    words = filter(None, text.split(","))
+    return tuple(json.loads(word) if word[-1].isdigit() else word for word in words)
 
 def parse(argv):
     """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
@@ -742,12 +717,10 @@ def parse(argv):
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
     npz, for_images = run.data.endswith(".npz"), run.flip or run.val or run.image_size
-    stage = run.dae or ("--init's" if run.init else lvae.PRESETS[run.dataset].first_stage)
     require(run.holdout < 1, "--holdout is a share, below 1")
     require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: for church, say, LSUN's "
             "church_outdoor_train_lmdb (http://dl.yf.io/lsun/scenes), for imagenet its folder of synsets")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
-    require(stage == "train" and not npz or not dae_options, "--dae-... options are for --dae train")
     require(not npz or not for_images and run.dae not in ("train", "none"),
             "--flip, --val, --image-size, --dae train and none are for images, not for an .npz of latents")
     require(run.device != "xla" or run.compile != "yes" and not model_options.get("recompute"),
