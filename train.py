@@ -477,7 +477,6 @@ def read_image(source, size):
     """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
-        require(min(image.size) >= 8, f"{image.width}x{image.height} pixels is too small")
         image.draft("RGB", (2 * size, 2 * size))  # a JPEG decoder skips what shrinking discards
         return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
 
