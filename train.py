@@ -108,7 +108,6 @@ def train_both(index, run, model_options, dae_options):
     device, dtype = setup(run.device, run.precision)
     wanted, npz = asdict(run) | {"dae_options": dae_options}, run.data.endswith(".npz")
     start, ae = starting_point(run, wanted | model_options)
-    start["run"] = wanted
     if npz:
         data = read_latents(run.data, run.holdout)
         shape, classes = data.h.shape[2:], 0 if data.labels is None else int(data.labels.max()) + 1
@@ -132,7 +131,7 @@ def train_both(index, run, model_options, dae_options):
             h = data.h[data.train[::1 + len(data.train) // 10_000], 0].astype(np.float32)
             require(h.std() > 0, "nothing to learn from: all images are the same")
             config = replace(config, shift=float(h.mean()), scale=float(h.std()))
-        train_lvae(run, config, ae, data, start, device, dtype)
+        train_lvae(run, config, ae, data, start | {"run": wanted}, device, dtype)
 
 def starting_point(run, options):
     """What to go on from (own checkpoint, --init's, a preset), as load_checkpoint has it, and autoencoder."""
@@ -194,8 +193,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     model = place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
-    classes = data.classes if config.num_classes else []
-    facts = start | {"config": asdict(config), "classes": classes}
+    facts = start | {"config": asdict(config), "classes": data.classes if config.num_classes else []}
     facts |= resume(start, parts, path if start.get("step") else run.init)
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
@@ -275,8 +273,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     wanted = wanted | {"dae_options": asdict(config)}
-    start = begun(path, daes.read, wanted)
-    facts = {"run": wanted} | resume(start, everything, path)
+    facts = {"run": wanted} | resume(begun(path, daes.read, wanted), everything, path)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
 
@@ -466,12 +463,9 @@ def lmdb_images(path, size):
     env = lmdb.open(path, readonly=True, lock=False, readahead=False)
     with env.begin() as txn:
         keys = list(txn.cursor().iternext(values=False))
-
-    def read(i):
-        with env.begin() as txn:
-            return read_image(BytesIO(txn.get(keys[i])), size)
     names = [key.decode(errors="replace") for key in keys]
-    return Images(names, read, os.path.getmtime(os.path.join(path, "data.mdb")))
+    return Images(names, lambda i: read_image(BytesIO(env.begin().get(keys[i])), size),
+                  os.path.getmtime(os.path.join(path, "data.mdb")))
 
 def read_image(source, size):
     """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
@@ -544,9 +538,8 @@ def released_checkpoint(state, path):
         with torch.device("meta"):
             like = lvae.LVAE(preset).state_dict()
         if {name: value.shape for name, value in like.items()} == {k: v.shape for k, v in ema.items()}:
-            config = asdict(replace(preset, attention="released"))
-            dae = daes.find(state, path).state
-            return {"config": config, "ema": ema, "dae": dae, "classes": [], "dataset": dataset}
+            return {"config": asdict(replace(preset, attention="released")), "ema": ema, "classes": [],
+                    "dae": daes.find(state, path).state, "dataset": dataset}
 
 @torch.no_grad()
 def resume(start, parts, path):
