@@ -150,8 +150,9 @@ def starting_point(run, options):
     if name == "--init's":
         return start, autoencoder_of(start, run.init)
     if name == "none":
-        pixels = replace(config, first_stage=name, shift=127.5, scale=127.5)
-        return start | {"config": pixels}, daes.Identity()
+        if config.first_stage != name:
+            config = replace(config, first_stage=name, shift=127.5, scale=127.5)
+        return start | {"config": config}, daes.Identity()
     new = name == "train" or config.first_stage == "none" or start["dae"]  # scale to be measured
     ae = None if name == "train" or npz and not run.dae else daes.load(name)
     return start | {"config": replace(config, first_stage=name, scale=0.0 if new else config.scale)}, ae
@@ -564,7 +565,7 @@ def begun(path, read, wanted):
     run = state.get("run", {}) if isinstance(state, dict) else {}
     if not state or run and state.get("step") == 0:  # all may change yet, as memory may run out
         return {}
-    known = run | (asdict(state["config"]) if read is load_checkpoint else {})
+    known = run | (asdict(state["config"]) if "config" in state else {})
     free = "out device precision compile log_every every dae_preset steps recompute".split()
     for name, value in wanted.items():
         may_differ = name in free or (name, value) == ("scale", 0)  # 0: it was measured
