@@ -60,10 +60,10 @@ class Config:
 
     def __post_init__(self):
         sizes = self.z_channels, self.width, self.blocks, self.batch, self.lr, *self.mult
-        numbers = all(type(size) in (int, float) and 0 < size < math.inf for size in sizes)
-        levels, widths = range(len(self.mult)), self.widths if numbers else []
-        bounded = 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
-        if not (bounded and widths and all(c > 0 and c % 32 == 0 for c in widths)):
+        levels = range(len(self.mult))
+        if not (all(type(size) in (int, float) and 0 < size < 1e9 for size in sizes)
+                and 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
+                and all(c > 0 and c % 32 == 0 for c in self.widths)):
             raise ValueError("expected sizes > 0, widths 32 n, 1-12 levels, 1-16 blocks, attention in them")
 
     @property
@@ -73,9 +73,6 @@ class Config:
     @property
     def f(self):
         return 2 ** (len(self.mult) - 1)
-
-ARCHITECTURE = ("z_channels", "width", "mult", "blocks", "attention", "mid_attention", "codebook",
-                "quant_conv", "post_quant_conv")
 
 # Rombach et al. (2022), Table 8 and the published configs; small-f4 is ours, for training on a laptop.
 PRESETS = {
@@ -128,18 +125,16 @@ class AttnBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)                                  # scale 1/sqrt(c)
         return x + self.proj_out(h.mT.unflatten(2, x.shape[2:]))
 
-def attention_if(wanted, c):
-    return AttnBlock(c) if wanted else nn.Identity()
-
 def middle(c, attention):
-    return named(block_1=ResBlock(c, c), attn_1=attention_if(attention, c), block_2=ResBlock(c, c))
+    attn = AttnBlock(c) if attention else nn.Identity()
+    return named(block_1=ResBlock(c, c), attn_1=attn, block_2=ResBlock(c, c))
 
 class Level(nn.Module):
     """Residual blocks at one resolution, each with attention if the config says so, then down or up."""
     def __init__(self, c_in, c, blocks, attention, down=False, up=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c if j else c_in, c) for j in range(blocks))
-        self.attn = nn.ModuleList(attention_if(attention, c) for _ in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c) if attention else nn.Identity() for _ in range(blocks))
         self.downsample = self.upsample = nn.Identity()
         if down:
             self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
