@@ -335,6 +335,7 @@ class InertDict:
     def __new__(cls, *ignored):
         return OrderedDict()  # torch puts items into real dicts only
 
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files before 1.6 begin
 UNWANTED = "bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # names in a pickle
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -409,15 +410,15 @@ def unpack(path, folder):
 def contents(path):
     """What `read` returns; raises whatever a broken or hostile file provokes."""
     with open(path, "rb") as file:
-        head = file.peek()[:9]
-        if head.startswith(b"\x80\x02"):  # torch's before 1.6
-            for _ in range(5):  # magic number, version, machine, content, keys
+        head = file.read(len(LEGACY))
+        if head == LEGACY:
+            for _ in range(4):  # version, machine, content, keys
                 check_pickle(file)
             content = torch.load(path, map_location="cpu", weights_only=True)
         elif head.startswith(b"PK\x03\x04"):
             content = load_zip(path)
         else:
-            require(head[8:] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
+            require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
             content = load_safetensors(path)
     tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
     for tensor in tensors:
