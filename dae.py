@@ -25,11 +25,12 @@ import zipfile
 from collections import Counter, OrderedDict, namedtuple
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_leaves_with_path
 
 # ---------------------------------------------------------------- configuration
 def knob(default, help):
@@ -60,10 +61,10 @@ class Config:
 
     def __post_init__(self):
         sizes = self.z_channels, self.width, self.blocks, self.batch, self.lr, *self.mult
-        numbers = all(type(size) in (int, float) and 0 < size < math.inf for size in sizes)
-        levels, widths = range(len(self.mult)), self.widths if numbers else []
-        bounded = 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
-        if not (bounded and widths and all(c > 0 and c % 32 == 0 for c in widths)):
+        levels = range(len(self.mult))
+        if not (all(type(size) in (int, float) and 0 < size < 1e9 for size in sizes)
+                and 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
+                and all(c > 0 and c % 32 == 0 for c in self.widths)):
             raise ValueError("expected sizes > 0, widths 32 n, 1-12 levels, 1-16 blocks, attention in them")
 
     @property
@@ -73,9 +74,6 @@ class Config:
     @property
     def f(self):
         return 2 ** (len(self.mult) - 1)
-
-ARCHITECTURE = ("z_channels", "width", "mult", "blocks", "attention", "mid_attention", "codebook",
-                "quant_conv", "post_quant_conv")
 
 # Rombach et al. (2022), Table 8 and the published configs; small-f4 is ours, for training on a laptop.
 PRESETS = {
@@ -128,18 +126,16 @@ class AttnBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)                                  # scale 1/sqrt(c)
         return x + self.proj_out(h.mT.unflatten(2, x.shape[2:]))
 
-def attention_if(wanted, c):
-    return AttnBlock(c) if wanted else nn.Identity()
-
 def middle(c, attention):
-    return named(block_1=ResBlock(c, c), attn_1=attention_if(attention, c), block_2=ResBlock(c, c))
+    attn = AttnBlock(c) if attention else nn.Identity()
+    return named(block_1=ResBlock(c, c), attn_1=attn, block_2=ResBlock(c, c))
 
 class Level(nn.Module):
     """Residual blocks at one resolution, each with attention if the config says so, then down or up."""
     def __init__(self, c_in, c, blocks, attention, down=False, up=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c if j else c_in, c) for j in range(blocks))
-        self.attn = nn.ModuleList(attention_if(attention, c) for _ in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c) if attention else nn.Identity() for _ in range(blocks))
         self.downsample = self.upsample = nn.Identity()
         if down:
             self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
@@ -231,7 +227,8 @@ class Discriminator(nn.Sequential):
     def __init__(self, width=64):
         layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for c, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
-            layers += nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)
+            batch_norm = nn.BatchNorm2d(2 * c, track_running_stats=False)  # it only ever trains
+            layers += nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), batch_norm, nn.LeakyReLU(0.2)
         super().__init__(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
         for layer in self:
             if hasattr(layer, "weight"):
@@ -245,15 +242,14 @@ def perceptual_network(device="cpu"):
     except (ImportError, OSError):
         return None
 
-def training_losses(ae, x, noise=None, discriminator=None, perceptual=None, average=None):
-    """A KL autoencoder's loss, its adversary's (None without one), and named terms.
+def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
+    """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
 
-    x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f), None draws it; average(tensors) puts the mean over all
-    processes into them. loss = sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image.
+    x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f); average(tensors) puts the mean over all processes into
+    them. The first is sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image.
     """
-    config, hinge = ae.config, None
+    config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
-    noise = torch.randn_like(mean) if noise is None else noise
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
     error = x - rec
     edges = sum(error.diff(dim=d).abs().sum() for d in (2, 3)) / len(x)
@@ -263,7 +259,7 @@ def training_losses(ae, x, noise=None, discriminator=None, perceptual=None, aver
     if perceptual is not None:
         terms["perceptual"] = perceptual(x, rec).float().mean()
         nll = nll + config.perceptual_weight * terms["perceptual"] * x[0].numel()
-    loss = nll + config.kl_weight * kl
+    losses = {"dae": nll + config.kl_weight * kl}
     if discriminator is not None:
         adversarial, last = -discriminator(rec).float().mean(), ae.decoder.conv_out.weight
         gradients = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (nll, adversarial)]
@@ -271,11 +267,11 @@ def training_losses(ae, x, noise=None, discriminator=None, perceptual=None, aver
             average(gradients)
         ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)  # as in VQGAN (Esser et al., 2021)
         weight = config.adversarial_weight * ratio.clamp(0, 1e4)
-        loss = loss + weight * adversarial
         real, fake = discriminator(x).float(), discriminator(rec.detach()).float()  # (B, 1, h, w)
         hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        losses = {"dae": losses["dae"] + weight * adversarial, "discriminator": hinge}
         terms |= {"adversarial": adversarial, "adversarial_weight": weight, "discriminator": hinge}
-    return loss, hinge, {name: term.detach() for name, term in terms.items()}
+    return losses, {name: term.detach() for name, term in terms.items()}
 
 def make_optimizers(parts, config):
     """Adam for the autoencoder ("dae") and its adversary ("discriminator", if any: then with LDM's betas)."""
@@ -287,29 +283,24 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
     """One update of the parts of make_optimizers, in a context (autocast) -> named statistics. A step whose
     gradient is not finite leaves everything as it was."""
     config = parts["dae"].config
-    buffers = [buffer for part in parts.values() for buffer in part.buffers()]
-    before = [buffer.clone() for buffer in buffers]  # batch norm's statistics
     adversary = parts.get("discriminator") if step >= config.adversarial_start else None
     with context:
-        loss, hinge, terms = training_losses(parts["dae"], x, noise, adversary, perceptual, average)
-    losses = {"dae": loss} if hinge is None else {"dae": loss, "discriminator": hinge}
-    for name, objective in losses.items():
+        losses, terms = training_losses(parts["dae"], x, noise, adversary, perceptual, average)
+    for name, loss in losses.items():
         optimizers[name].zero_grad()  # the autoencoder's loss has reached the adversary
-        objective.backward()
+        loss.backward()
     gradients = [p.grad for name in losses for p in parts[name].parameters()]
     if average is not None:
         average(gradients)
     norm = float(torch.nn.utils.get_total_norm(gradients))
     # LDM's is constant; but a run starts calmer if its rate warms up, and ends sharper if it falls to zero.
     lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
-    if math.isfinite(norm):
+    skipped = not math.isfinite(norm)
+    if not skipped:
         for name in losses:
             optimizers[name].param_groups[0]["lr"] = lr
             optimizers[name].step()
-    else:
-        for buffer, value in zip(buffers, before):
-            buffer.copy_(value)
-    return {"loss": loss.detach(), **terms, "grad_norm": norm, "skipped": not math.isfinite(norm), "lr": lr}
+    return {"loss": losses["dae"].detach(), **terms, "grad_norm": norm, "skipped": skipped, "lr": lr}
 
 def to_tensor(images):
     """Arrays of uint8, (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
@@ -327,8 +318,6 @@ def printable(text):
 
 class LoadError(ValueError):
     """What cannot be used, a file or an option, in one line: what is wrong, what to do."""
-    def __init__(self, text):
-        super().__init__(printable(text))
 
 def require(condition, problem):
     if not condition:
@@ -400,8 +389,6 @@ def load_safetensors(path):
     start = 8 + int.from_bytes(mapped[:8].numpy(), "little")  # where the tensors begin
     header = json.loads(mapped[8:min(start, 100_000_000)].numpy().tobytes())
     header.pop("__metadata__", None)
-    lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
-    require(start + sum(lengths) == len(mapped), "truncated or damaged: its tensors do not fill it")
     for name, entry in header.items():
         if dtype := SAFETENSORS.get(entry["dtype"]):
             begin, end = entry["data_offsets"]
@@ -436,23 +423,18 @@ def contents(path):
     tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
     for tensor in tensors:
         vars(tensor).clear()  # attributes that the file gave it
-    require(sum(tensor.nbytes for tensor in tensors) <= 2 * os.path.getsize(path),  # tied weights count twice
-            "a hostile file: what it holds is larger than itself")
+    held = sum(tensor.nbytes for tensor in tensors) // 2  # as tied weights count twice
+    require(held <= os.path.getsize(path), "a hostile file: what it holds is larger than itself")
     return content
 
 def read(path):
     """What a file of weights holds (.safetensors, any torch.save's, or one in a zip), as plain containers and
     CPU tensors, views of the mapped file: copy what is to be kept. Raises LoadError."""
     try:
-        usable = os.path.isfile(path) or not os.path.exists(path)  # a pipe would wait
-        require(usable, "a folder or a device, not a file")
+        require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
         temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         with temporary as folder, warnings.catch_warnings(action="ignore"):
-            file = unpack(path, folder)
-            if not file.isprintable():  # bytes that are no text, perhaps: torch wants text
-                file = os.path.join(folder, "link")
-                os.symlink(os.path.abspath(path), file)
-            return contents(file)
+            return contents(unpack(path, folder))
     except LoadError as e:
         cause = e
     except Exception as e:  # torch's own words are long and coloured
@@ -486,19 +468,13 @@ def to_diffusers(state):
                 for name, value in state.items()}
     return translate(matrices, DIFFUSERS)
 
-def flatten(content, prefix="", depth=3):
-    """The tensors of real numbers in nested dicts, as pairs (names joined by dots, tensor)."""
-    for key, value in content.items() if isinstance(content, dict) and depth >= 0 else ():
-        if type(key) is str and torch.is_tensor(value) and value.is_floating_point():
-            yield prefix + key, value.detach()
-        elif type(key) is str:
-            yield from flatten(value, f"{prefix}{key}.", depth - 1)
-
-Found = namedtuple("Found", "state naming dropped")  # state in latent diffusion's names
+Found = namedtuple("Found", "state told")  # tensors in latent diffusion's names; which they are, for people
 
 def find(content, source):
     """The autoencoder in what `read` returned, in any wrapping and naming, as Found. Raises LoadError."""
-    tensors = dict(flatten(content))
+    tensors = {".".join(str(getattr(part, "key", part)) for part in path): leaf
+               for path, leaf in tree_leaves_with_path(content)
+               if torch.is_tensor(leaf) and leaf.is_floating_point()}
     prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
     require(prefixes, f"{source}: no autoencoder (expected {FIRST}, found {str(list(tensors)[:3])[:200]})")
     prefix = min([p for p in prefixes if p.endswith("first_stage_model.")] or prefixes, key=len)
@@ -511,22 +487,21 @@ def find(content, source):
         naming = "diffusers'"
     state = {name: value[:, :, None, None] if ".attn" in name and value.ndim == 2 else value
              for name, value in state.items()}  # matrices in diffusers
-    return Found(state, f"{naming}, after {prefix!r}", dropped)
+    return Found(state, f"names: {naming}, after {prefix!r}; left out: {dict(dropped.most_common(20))}")
 
-def config_of(state):
-    """The Config of a state_dict in latent diffusion's names. Raises KeyError or ValueError."""
+def architecture(state):
+    """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
     def count(prefix):
         return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
     width, levels = len(state[FIRST]), range(count("encoder.down."))
     channels = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in levels]
-    return Config(
-        z_channels=state["decoder.conv_in.weight"].shape[1], width=width,
-        blocks=count("encoder.down.0.block."),
-        mult=tuple(c // width if c % width == 0 else c / width for c in channels),
-        attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
-        mid_attention="encoder.mid.attn_1.q.weight" in state,
-        codebook=len(state.get("quantize.embedding.weight", ())),
-        quant_conv="quant_conv.weight" in state, post_quant_conv="post_quant_conv.weight" in state)
+    return {"z_channels": state["decoder.conv_in.weight"].shape[1], "width": width,
+            "mult": tuple(c // width if c % width == 0 else c / width for c in channels),
+            "blocks": count("encoder.down.0.block."),
+            "attention": tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
+            "mid_attention": "encoder.mid.attn_1.q.weight" in state,
+            "codebook": len(state.get("quantize.embedding.weight", ())),
+            "quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
 
 def fill(make, state, source):
     """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises LoadError."""
@@ -536,31 +511,28 @@ def fill(make, state, source):
         copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
         module.load_state_dict(copies, assign=True)
     except Exception as e:  # a configuration or tensors that no model has
-        problem = str(e).replace("\n\t", " ")[:250]
+        problem = printable(str(e).replace("\n\t", " ")[:250])
         raise LoadError(f"{source}: not a model that we know ({type(e).__name__}: {problem})") from None
     return module.eval()
 
 def from_state(state, source="state_dict"):
     """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises LoadError."""
-    return fill(lambda: Autoencoder(config_of(state)), state, source)
+    return fill(lambda: Autoencoder(Config(**architecture(state))), state, source)
 
-ADDRESSES = {name: f"https://ommer-lab.com/files/latent-diffusion/{name}.zip"
+# What is published, by its name: the file that it becomes in torch's hub cache, and its address.
+PUBLISHED = {name: (f"{name}.ckpt", f"https://ommer-lab.com/files/latent-diffusion/{name}.zip")
              for name in PRESETS if name != "small-f4"}
-
-# The paper's pipelines, on Google Drive: the names of the files, and what Drive calls them.
-DRIVE = {"church": ("church_pipeline.pt", "1-174o5MywJYhhOcYI6yzMfUP5DvnlPcK"),
-         "bedroom": ("bedroom_pipeline.pt", "1--uqW9S8-tbMJG8whHDx1qPJeH5W0j9r"),
-         "imagenet": ("inet_pipeline.pt", "1-Td-danBSRX4IhlXAD_CtgFARbu4C9hH")}
-PIPELINES = {name: f"https://drive.usercontent.google.com/download?id={key}&export=download&confirm=t"
-             for name, (_, key) in DRIVE.items()}
+DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="  # the paper's pipelines
+PUBLISHED |= {"church": ("church_pipeline.pt", DRIVE + "1-174o5MywJYhhOcYI6yzMfUP5DvnlPcK"),
+              "bedroom": ("bedroom_pipeline.pt", DRIVE + "1--uqW9S8-tbMJG8whHDx1qPJeH5W0j9r"),
+              "imagenet": ("inet_pipeline.pt", DRIVE + "1-Td-danBSRX4IhlXAD_CtgFARbu4C9hH")}
 
 def local(name):
     """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises LoadError."""
-    address, folder = (ADDRESSES | PIPELINES).get(name), os.path.join(torch.hub.get_dir(), "checkpoints")
-    if os.path.isfile(name) or address is None:
+    if os.path.isfile(name) or name not in PUBLISHED:
         return name
-    file, key = DRIVE.get(name, (f"{name}.ckpt", None))
-    path, page = os.path.join(folder, file), f"https://drive.google.com/file/d/{key}/view" if key else address
+    (file, address), folder = PUBLISHED[name], os.path.join(torch.hub.get_dir(), "checkpoints")
+    path = os.path.join(folder, file)
     if os.path.isfile(path):
         return path
     try:
@@ -573,34 +545,17 @@ def local(name):
             read(weights)  # only what can be used is kept
             os.replace(weights, path)
     except Exception as e:  # of the network, the disk, or what came
-        raise LoadError(f"{name} could not be downloaded ({e}): get {page} as it is, as {path}") from None
+        raise LoadError(f"{name} could not be downloaded ({e}): get {address} as it is, as {path}") from None
     return path
-
-def config_beside(path):
-    """diffusers' config.json beside a file, as a dict: empty if there is none, or another program's."""
-    beside = os.path.join(os.path.dirname(path), "config.json")
-    try:
-        with open(beside if os.path.isfile(beside) else os.devnull, "rb") as file:  # a pipe would wait
-            fields = json.load(file)
-        return fields if fields["_class_name"] in ("AutoencoderKL", "VQModel") else {}
-    except Exception:  # whatever another program's file holds
-        return {}
-
-def open_file(path):
-    """What `find` finds in a file or a published one, and its Autoencoder. Raises LoadError."""
-    path = local(path)
-    found, theirs = find(read(path), path), config_beside(path)
-    ae = from_state(found.state, path)
-    ours = {"norm_num_groups": 32, "act_fn": "silu", "vq_embed_dim": ae.config.z_channels}
-    for name, value in ours.items():  # what tensors cannot tell
-        require(theirs.get(name) in (None, value),
-                f"{path}: config.json beside it has {name} {theirs.get(name)}, expected {value}")
-    return found, ae
 
 def load(path):
     """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
     VQModel), the paper's pipelines or train.py, told apart by content. Raises LoadError."""
-    return open_file(path)[1]
+    path = local(path)
+    ae, beside = from_state(find(read(path), path).state, path), Path(path).with_name("config.json")
+    text = beside.read_text(errors="replace") if beside.is_file() else ""  # diffusers', perhaps
+    require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
+    return ae
 
 # ---------------------------------------------------------------- writing files, and the command line
 def write(path, save):
@@ -620,17 +575,16 @@ def write(path, save):
             os.remove(temporary)
 
 def save_safetensors(state, file):
-    """Write a state_dict in the layout that load_safetensors reads."""
-    names = {dtype: name for name, dtype in SAFETENSORS.items()}
+    """Write a state_dict of float32 in the layout that load_safetensors reads."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for key, value in state.items():
         begin, end = end, end + value.nbytes
-        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for value in state.values():
-        file.write(value.contiguous().flatten().view(torch.uint8).numpy())
+        file.write(value.contiguous().numpy())
 
 def diffusers_config(config):
     """The config.json with which diffusers' AutoencoderKL or VQModel takes our weights."""
@@ -647,28 +601,26 @@ def diffusers_config(config):
 
 def info(path):
     """Say what a file is, in a few lines."""
-    (state, naming, dropped), ae = open_file(path)
-    fields = {name: getattr(ae.config, name) for name in ARCHITECTURE}
+    ae, (state, told) = load(path), find(read(local(path)), path)
+    fields = architecture(state)
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
     types = ", ".join({str(value.dtype).removeprefix("torch.") for value in state.values()})
-    left = ", ".join(f"{name[:40]}.* ({count} tensors)" for name, count in dropped.most_common(20))
     print(f"{'VQ' if ae.config.codebook else 'KL'} autoencoder, f = {ae.config.f}, as {like[0]}")
     print(", ".join(f"{name} {value}" for name, value in fields.items()))
     print(f"{sum(value.numel() for value in state.values()):,} parameters in {types}")
-    print(printable(f"names: {naming}; left out: {left or 'nothing'}"))
+    print(told)
 
 def convert(source, target):
-    """Write an autoencoder for latent diffusion (.ckpt, .pt) or diffusers (.safetensors; called
-    diffusion_pytorch_model.safetensors, with the config.json that diffusers wants beside it)."""
-    require(target.endswith((".ckpt", ".pt", ".safetensors")), f"{target}: not .ckpt, .pt or .safetensors")
-    (state, _, _), ae = open_file(source)
+    """Write an autoencoder, in float32, for latent diffusion or, if it is called .safetensors, for diffusers
+    (as diffusion_pytorch_model.safetensors with the config.json that diffusers wants beside it)."""
+    ae = load(source)
+    state = ae.state_dict()
     if target.endswith(".safetensors"):
         write(target, lambda file: save_safetensors(to_diffusers(state), file))
     else:
-        write(target, lambda file: torch.save({"state_dict": {k: v.clone() for k, v in state.items()}}, file))
+        write(target, lambda file: torch.save({"state_dict": state}, file))
     if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
-        theirs = {name: value for name, value in config_beside(target).items() if name.endswith("_factor")}
-        text = json.dumps(diffusers_config(ae.config) | theirs, indent=2)  # the factors are the user's
+        text = json.dumps(diffusers_config(ae.config), indent=2)
         write(os.path.join(os.path.dirname(target), "config.json"), lambda file: file.write(text.encode()))
     print(printable(f"{target}: {len(state)} tensors"))
 

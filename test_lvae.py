@@ -208,14 +208,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 716, "train": 854, "sample": 711, "test_lvae": 895}, 0
+    budgets, raises = {"lvae": 620, "dae": 668, "train": 854, "sample": 711, "test_lvae": 889}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 223_700
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 220_900
 
 @in_folder()
 def test_copied_alone():
@@ -317,7 +317,7 @@ def test_nothing_looks_from_the_host():
     lvae.objective(model(x, label, noise, None, label > 0), x, CLASSES).loss.backward()
     model.generate(noise, label, mean_guidance=1.5, variance_guidance=[0.0, 1, 1, 2])
     vq.decode(vq.encode(image))
-    for loss in dae.training_losses(ae, image, None, adversary)[:2]:
+    for loss in dae.training_losses(ae, image, noise[-1][:, :4], adversary)[0].values():
         loss.backward()
     model, noise = reference(TINY)
     close(torch.compile(model.generate, backend="eager", fullgraph=True)(noise), model.generate(noise))
@@ -376,7 +376,7 @@ def test_autoencoder_training():
     mean, logvar = ae.moments(x)
     posterior = Normal(mean, (0.5 * logvar).exp())
     rec = ae.decode(mean + posterior.scale * noise)
-    loss, hinge, _ = dae.training_losses(ae, x, noise, adversary, F.mse_loss, average=seen.extend)
+    loss, hinge = dae.training_losses(ae, x, noise, adversary, F.mse_loss, average=seen.extend)[0].values()
     kl = kl_divergence(posterior, Normal(0.0, 1.0)).sum() / 2
     adversarial = -0.5 * seen[0].norm() / (seen[1].norm() + 1e-4) * adversary(rec).mean()
     error = x - rec
@@ -424,7 +424,7 @@ def test_every_file_of_autoencoders():
         fields = json.loads(beside.read_text())
         assert config.codebook or (fields["use_quant_conv"], fields["use_post_quant_conv"]) == convs
         said = quiet(dae.main, "info full.ckpt")
-        assert "first_stage_model" in said and "model.* (1 tensors)" in said
+        assert "first_stage_model" in said and "'model': 1" in said
 
 @in_folder()
 def test_what_tensors_cannot_tell():
@@ -437,15 +437,9 @@ def test_what_tensors_cannot_tell():
     text = json.dumps(header).encode()
     Path("a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size:])
     refused("\\x1b\\nx", dae.load, "a.safetensors")
-    torch.save(state, "b.ckpt")
-    for fields in ({"norm_num_groups": 16}, {"act_fn": "relu"}, {"vq_embed_dim": 8},
-                   {"vq_embed_dim": None, "x": 1}):
-        for kind in ("AutoencoderKL", "VQModel", "UNet2DModel"):
-            Path("config.json").write_text(json.dumps({"_class_name": kind} | fields))
-            if "x" in fields or kind == "UNet2DModel":
-                dae.load("b.ckpt")
-            else:
-                refused(next(iter(fields)), dae.load, "b.ckpt")
+    torch.save(state, "b.ckpt"), Path("config.json").write_text('{"norm_num_groups": 32}')
+    dae.load("b.ckpt"), Path("config.json").write_text('{"norm_num_groups": 16}')
+    refused("norm_num_groups", dae.load, "b.ckpt")
 
 class Call:
     """Pickles as the call of a function."""
@@ -456,11 +450,11 @@ class Call:
 def test_hostile_files():
     torch.save({"state_dict": {}, "x": Call()}, "call.pt"), Path("text.pt").write_text("hello")
     shutil.copy("run/dae.pt", "cut.pt"), os.truncate("cut.pt", 99_999)
-    text = json.dumps({i: {"dtype": "U8", "shape": [8], "data_offsets": [i, i + 8]} for i in (0, 4)}).encode()
-    Path("overlap.pt").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    text = b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'
+    Path("short.pt").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
     with zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/data.pkl", b"\x80\x02}." + bytes(1 << 24))
-    for name, cause in (("call.pt", ""), ("cut.pt", "truncated"), ("overlap.pt", "damaged"),
+    for name, cause in (("call.pt", ""), ("cut.pt", "truncated"), ("short.pt", "truncated"),
                         ("bomb.pt", "compressed"), ("text.pt", "not a checkpoint")):
         refused(cause, dae.load, name), refused(name, train.load_checkpoint, name)
     assert not os.path.exists("broken-in")
@@ -473,14 +467,14 @@ def test_downloads():
         file.write("run/dae.pt", "model.ckpt")
     torch.save({"dae." + k: v for k, v in state.items()}, "church.pt")
     Path("imagenet.pt").write_text("<html>"), Path("vq-f8.zip").write_text("junk")
-    assert "?id=1-174o5MywJYhhOcYI6yzMfUP5DvnlPcK&" in dae.PIPELINES["church"]
-    pipelines = {name: f"{here}/{name}.pt" for name in dae.PIPELINES}
-    with patch.dict(dae.ADDRESSES, {name: f"{here}/{name}.zip" for name in dae.ADDRESSES}), \
-            patch.dict(dae.PIPELINES, pipelines), \
+    assert "&id=1-174o5MywJYhhOcYI6yzMfUP5DvnlPcK" in dae.PUBLISHED["church"][1]
+    published = {name: (file, f"{here}/{name}{Path(file).suffix.replace('ckpt', 'zip')}")
+                 for name, (file, _) in dae.PUBLISHED.items()}
+    with patch.dict(dae.PUBLISHED, published), \
             patch.object(torch.hub, "get_dir", lambda: "hub"):
-        for cause in ("web page", "/d/1-Td-danBSRX4IhlXAD_CtgFARbu4C9hH/view", "inet_pipeline.pt"):
+        for cause in ("web page", "/imagenet.pt as it is", "inet_pipeline.pt"):
             refused(cause, sampling, "generate imagenet"), refused(cause, training, "--init imagenet")
-        refused("/d/1--uqW9S8-tbMJG8whHDx1qPJeH5W0j9r/view", dae.local, "bedroom")
+        refused("/bedroom.pt as it is", dae.local, "bedroom")
         refused("could not be downloaded", dae.load, "vq-f8"), refused("as it is", dae.load, "vq-f4")
         quiet(dae.main, "info kl-f8"), quiet(dae.main, "info church")
         assert sorted(os.listdir("hub/checkpoints")) == ["church_pipeline.pt", "kl-f8.ckpt"]
