@@ -18,13 +18,13 @@ A sample depends on its seed, number and label, not on its batch. Guidance (Eq. 
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -76,9 +76,9 @@ class Sampler:
 
     def draw(self, seed, numbers, label, **guidance):
         """Samples `numbers` of a seed -> uint8 (B, H, W, 3)."""
-        images, up = self.images(self.noise(seed, numbers), label, **guidance), self.upsampler
+        label, up = self.known(label), self.upsampler
+        images = self.images(self.noise(seed, numbers), label, **guidance)
         if up:
-            label = label if self.config.num_classes else None
             images = up.images(up.noise((seed, 1), numbers), label, low_res=up.latents(images))
         return images
 
@@ -160,17 +160,12 @@ def make_sampler(args):
 
 def guidance(sampler, args):
     """What is asked for of guidance and temperature, as arguments of `generate`; for ImageNet the paper's."""
-    means, variances, sides = args.mean_guidance, args.variance_guidance, sampler.model.sides
+    means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
     possible = sampler.can_guide and args.label != "none"
     if possible and sampler.dataset == "imagenet" and not (means or variances):
         means, variances = lvae.guidance_levels(sampler.config, 1.5), [3.0]
-    settings = {"mean_guidance": means or [0.0], "variance_guidance": variances or [0.0]}
-    for name, weights in settings.items():
-        require(len(weights) in (1, len(sides)), f"{name} takes a number, or one per level: {sides}")
-        require(possible or not any(weights),
-                "guidance needs a class-conditional model, a hierarchical prior, and a label")
-        settings[name] = weights * (len(sides) // len(weights))
-    return settings | {"temperature": args.temperature}
+    means, variances = (w * levels if len(w) == 1 else w for w in (means or [0.0], variances or [0.0]))
+    return {"mean_guidance": means, "variance_guidance": variances, "temperature": args.temperature}
 
 def even_labels(classes, n):
     """n labels, as evenly of the classes as can be, in their order: (N,)."""
@@ -186,21 +181,19 @@ def draw_all(sampler, args, labels, weights):
 
 def batches(images, batch, limit=None):
     """(Indices, uint8 images) of every batch of good images, or of `limit` of them, evenly spaced."""
-    count, found = len(images.names), 0
+    count = len(images.names)
     n = min(limit or count, count)
     for start in tqdm(range(0, n, batch), desc="images", unit="batch", disable=n <= batch):
         rows = np.arange(start, min(start + batch, n)) * count // n
         good = {i: image for i in rows.tolist() if (image := images.read(i)) is not None}
-        found += len(good)
         if good:
             yield list(good), list(good.values())
-    require(found, "no usable image")
+    require(len(images.bad) < n, "no usable image")
 
 def find_images(sampler, path):
     """The images of --data, or of the data that the model was trained on."""
     path = sampler.data if path is None else path
-    require(path is not None and not path.endswith(".npz"),
-            "name a folder of images with --data ('toy' is the built-in scenes)")
+    require(path is not None, "name a folder of images with --data ('toy' is the built-in scenes)")
     return open_images(path, sampler.size)
 
 def find_photos(sampler, paths):
@@ -214,14 +207,13 @@ def encoded(sampler, images, batch, text=None, limit=None):
     """(uint8 images, latents (B, C, h, w), labels (B,)) of batches, as in `batches`. The class is what `text`
     names, or the sub-folder (a model that knows no names takes these in order), or the likeliest."""
     count = sampler.config.num_classes
-    if count and not text and images.classes and (sampler.folders or len(images.classes) != count):
+    if count and text:
+        images.labels[:] = sampler.label(text)
+    elif count and images.classes and (sampler.folders or len(images.classes) != count):
         relabel(images, sampler.folders, "without --label")
-    named = sampler.label(text) if text and count else None
     for rows, some in batches(images, batch, limit):
         x, labels = sampler.latents(some), images.labels[rows]
-        if named is not None:
-            labels = [named] * len(x)
-        elif count and not images.classes:
+        if count and not (text or images.classes):
             labels = [likeliest(sampler, latent) for latent in x]
         yield some, x, torch.as_tensor(labels, device=sampler.device)
 
@@ -233,10 +225,11 @@ def likeliest(sampler, x):
     out = sampler.infer(x, torch.arange(count))
     return int((lvae.distortions(out, x, sampler.config) + out.kl.sum(0)).argmin())
 
-def save_grid(path, rows, **names):
-    """Save a grid; images smaller than 128 pixels are enlarged by a whole factor."""
+def save_grid(path, what, rows, **names):
+    """Save a grid and say what it is; images smaller than 128 pixels are enlarged by a whole factor."""
     scale = math.ceil(128 / min(128, *(image.shape[0] for row in rows for image in row)))
     save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
+    say(f"{path}: {what}")
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
@@ -257,10 +250,10 @@ def generate(sampler, args):
         if args.npz:
             more = {"arr_1": labels[np.argsort(row)]} if sampler.config.num_classes else {}
             daes.write(args.npz, lambda file: np.savez(file, arr_0=array, **more))
+            say(f"{args.npz}: {n} samples of {size}x{size} pixels")
         if out:
             shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
             save_samples(sampler, out, np.array(array[row[shown]]), labels[shown])
-    say(f"{n} samples of {size}x{size} pixels: " + " ".join(filter(None, (args.npz, out))))
 
 @contextlib.contextmanager
 def shared_array(path, shape):
@@ -285,7 +278,7 @@ def save_samples(sampler, path, images, labels):
     if len(names) == 1:
         columns, names = math.ceil(math.sqrt(len(images))), None
         ends = range(columns, len(images), columns)
-    save_grid(path, np.split(images, ends), row_names=names)
+    save_grid(path, f"{len(images)} samples", np.split(images, ends), row_names=names)
 
 # ---------------------------------------------------------------- manipulation (Section 5)
 def reconstruct(sampler, args):
@@ -301,22 +294,20 @@ def reconstruct(sampler, args):
         rows["autoencoder"].extend(sampler.decode(x))
         for name, k in kept.items():  # the other groups are drawn
             rows[name].extend(sampler.images(noise[:k] + drawn[k:], label, low_res=low_res))
-    save_grid(args.out, list(rows.values()), row_names=list(rows))
-    say(f"{args.out}: {len(rows['original'])} images")
+    save_grid(args.out, f"{len(rows['original'])} images", list(rows.values()), row_names=list(rows))
 
 def interpolate(sampler, args):
     """Figure 5: a path between images through whitened noise; the ends are their reconstructions. The
     label's embedding moves along. With a hierarchical prior this is Section 5.2's future work."""
-    pair, x, label = next(encoded(sampler, find_photos(sampler, [args.a, args.b]), 2, args.label))
+    pair, x, label = next(encoded(sampler, find_photos(sampler, args.images), 3, args.label))
     require(len(pair) == 2, "expected two usable images")
     ends, steps = sampler.posterior(x, label), torch.linspace(0, 1, args.steps, device=x.device)
     if sampler.config.num_classes:
         ends.append(sampler.model.embedding(label))  # (2, label_dim)
     mixed = [torch.stack([torch.lerp(end[0], end[1], t) for t in steps]) for end in ends]
     embedded = mixed.pop() if sampler.config.num_classes else None
-    row = [pair[0], *sampler.images(mixed, embedded), pair[1]]
-    save_grid(args.out, [row], column_names=["A", *(f"{float(t):.2f}" for t in steps), "B"])
-    say(f"{args.out}: {args.steps} steps from A to B")
+    row, names = [pair[0], *sampler.images(mixed, embedded), pair[1]], [f"{float(t):.2f}" for t in steps]
+    save_grid(args.out, f"{args.steps} steps from A to B", [row], column_names=["A", *names, "B"])
 
 def channel_kl(out):
     """Mean KL of every latent group's channels in an Output: (L, z) nats, summed over positions."""
@@ -334,34 +325,28 @@ def manifold(sampler, args):
         noise[0][:, across], noise[1][:, down] = values[:, None, None], value
         rows.append(sampler.images(noise, label))
     marks = [f"{float(value):.2f}" for value in values]
-    save_grid(args.out, rows, row_names=marks, column_names=marks)
-    say(f"{args.out}: across: group 1, channel {across}; down: group 2, channel {down}")
+    what = f"across: group 1, channel {across}; down: group 2, channel {down}"
+    save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
     """Figure 6: the latents of every level from 4x4 up are widened with fresh noise."""
-    side, extra = sampler.config.resolution, args.width - 1
+    side, share = sampler.config.resolution, {"left": 1, "up": 1, "both": 0.5}.get(args.direction, 0)
     size = [side * args.width, side] if args.direction in ("down", "up") else [side, side * args.width]
-    # Where the image stands in the larger one, in images from its top and from its left.
-    above, before = {"up": (extra, 0), "left": (0, extra), "both": (0, extra / 2)}.get(args.direction, (0, 0))
     images, x, label = next(encoded(sampler, find_photos(sampler, [args.image]), 1, args.label))
     latents = sampler.infer(x, label).latents
 
-    def around(z, fresh):
+    def around(z, fresh, prior):
         """A group's noise: fresh, but where the image stands what makes its z under the new prior."""
-        h, w = z.shape[2:]
-        top, left = int(above * h), int(before * w)
-        here = np.s_[:, :, top:top + h, left:left + w]
-
-        def eps(prior):
-            if fresh.shape == z.shape:  # a 1x1 group is kept whole
-                return lvae.whiten(z, prior)
-            fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
-            return fresh
-        return eps
-    noise = [around(latent.z, fresh) for latent, fresh in zip(latents, sampler.noise(args.seed, [0], size))]
+        (height, width), (h, w) = fresh.shape[2:], z.shape[2:]
+        top, left = int((height - h) * share), int((width - w) * share)
+        here = np.s_[:, :, top:top + h, left:left + w]  # all of a 1x1 group
+        fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
+        return fresh
+    fresh = sampler.noise(args.seed, [0], size)
+    noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
     row = [*images, *sampler.images(noise, label, size=size)]
-    save_grid(args.out, [row], column_names=["image", "outpainted"])
-    say(f"{args.out}: {row[1].shape[1]}x{row[1].shape[0]} pixels")
+    what = f"{row[1].shape[1]}x{row[1].shape[0]} pixels"
+    save_grid(args.out, what, [row], column_names=["image", "outpainted"])
 
 # ---------------------------------------------------------------- the rate of every group
 def rates(sampler, args):
@@ -390,9 +375,9 @@ def rates(sampler, args):
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 def load_network(path, device):
-    """A TorchScript network of uint8 (B, 3, H, W) -> a function of uint8 (B, H, W, 3), which gives features
-    (B, D) and class probabilities (B, K) or None. The network gives features, or features and logits; one
-    with NETWORK's two options gives features with the first, probabilities with the second."""
+    """A TorchScript network of uint8 (B, 3, H, W) -> a function of uint8 (B, H, W, 3), which gives a dict:
+    features (B, D), perhaps class probabilities (B, K). The network gives features, or features and logits;
+    one with NETWORK's two options gives features with the first, probabilities with the second."""
     with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         options = {argument.name for argument in net.forward.schema.arguments}
@@ -405,8 +390,9 @@ def load_network(path, device):
                 out = net(x, return_features=True), net(x, no_output_bias=True)
             else:
                 out = net(x)
-                out = (out, None) if torch.is_tensor(out) else (out[0], out[1].float().softmax(1))
-            return [None if t is None else t.flatten(1).float().cpu().numpy() for t in out]
+                out = [out] if torch.is_tensor(out) else [out[0], out[1].float().softmax(1)]
+            found = [t.flatten(1).float().cpu().numpy() for t in out]
+        return dict(zip(("features", "probabilities"), found))
     return network
 
 def frechet(mu1, sigma1, mu2, sigma2):
@@ -441,45 +427,35 @@ def precision_recall(reference, samples, device, k=3):
 def described(parts, network):
     """Batches of images -> what is known of them: features, their moments, class probabilities, and the mean
     saturation of their colours (HSV)."""
-    rows = []
+    rows, saturation = [], []
     for images in parts:
         top, low = np.max(images, axis=3).astype(float), np.min(images, axis=3)  # (B, H, W)
-        rows.append((*network(images), ((top - low) / np.maximum(top, 1)).mean((1, 2))))
-    features, probabilities, saturation = (None if part[0] is None else np.concatenate(part)
-                                           for part in zip(*rows))
-    require(len(features) > 1, "one image has no covariance")
-    known = {"mu": features.mean(0, dtype=np.float64), "features": features, "side": top.shape[1],
-             "sigma": np.cov(features, rowvar=False, dtype=np.float64), "saturation": saturation.mean()}
-    return known if probabilities is None else known | {"probabilities": probabilities}
+        saturation += ((top - low) / np.maximum(top, 1)).mean((1, 2)).tolist()
+        rows.append(network(images))
+    known = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    require(len(saturation) > 1, "one image has no covariance")
+    return known | {"mu": known["features"].mean(0, dtype=np.float64), "side": top.shape[1],
+                    "sigma": np.cov(known["features"], rowvar=False, dtype=np.float64),
+                    "saturation": np.mean(saturation)}
 
-def statistics(path, network, batch, size=None):
+def statistics(path, network, batch, size):
     """What is known of the images of an .npz, or of a folder. A reference batch has its mu and sigma."""
     if not path.endswith(".npz"):
-        images = open_images(path, size)
-        known = described((some for _, some in batches(images, batch)), network)
+        require(size, f"{path}: to be compared at which side? Say --image-size")
+        known = described((some for _, some in batches(open_images(path, size), batch)), network)
         if "probabilities" in known:  # they are sorted, and the Inception Score goes by parts
             known["probabilities"] = np.random.default_rng(0).permutation(known["probabilities"])
         return known
     with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3), or mu and sigma"), np.load(path) as file:
-        images, names = file.get("arr_0"), {"mu", "sigma", "features", "probabilities", "saturation", "side"}
+        names = {"mu", "sigma", "features", "probabilities", "saturation", "side"}
         given = {name: file[name] for name in names & set(file)}
         require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
-        require(images is not None or {"mu", "sigma"} <= given.keys(), f"it holds {file.files}")
-        if images is None:
-            return given
+        if "arr_0" not in file:
+            return {"mu": file["mu"], "sigma": file["sigma"], **given}
+        images = file["arr_0"]
         fits = images.dtype == np.uint8 and images.shape[3:] == (3,) and len(images)
         require(fits, f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
-
-def common_side(paths):
-    """The short side of the images in folders. Raises ValueError if they differ."""
-    sides = set()
-    for name in (name for path in paths for name in open_images(path, 8).names):
-        with contextlib.suppress(Exception), Image.open(name) as image:
-            sides.add(min(image.size))
-    extremes = f"from {min(sides)} to {max(sides)} pixels" if sides else "unknown"
-    require(len(sides) == 1, f"{' '.join(paths)}: short sides are {extremes}: say the --image-size")
-    return sides.pop()
 
 def made(sampler, args, weights):
     """Batches of samples, or of what the autoencoder, alone or with the LVAE, makes of --data."""
@@ -487,41 +463,35 @@ def made(sampler, args, weights):
         labels = even_labels(sampler.labels(args.label), args.n)
         labels = np.random.default_rng(args.seed).permutation(labels)  # the Inception Score goes by parts
         yield from (images for _, images in draw_all(sampler, args, labels, weights))
-    elif args.reconstruct == "autoencoder":
-        for _, images in batches(find_images(sampler, args.data), args.batch, args.n):
-            yield sampler.decode(sampler.latents(images))
-    else:
-        for _, x, label in encoded(sampler, find_images(sampler, args.data), args.batch, args.label, args.n):
-            yield sampler.images(sampler.posterior(x, label), label)
+        return
+    alone, images = args.reconstruct == "autoencoder", find_images(sampler, args.data)
+    text = "none" if alone else args.label
+    for _, x, label in encoded(sampler, images, args.batch, text, args.n):
+        yield sampler.decode(x) if alone else sampler.images(sampler.posterior(x, label), label)
 
 def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
     Of a checkpoint's samples or reconstructions, an .npz or a folder, against an .npz (a reference batch of
     that evaluator, or one exported here) or a folder. Saturation is the mean of HSV's (footnote 2)."""
-    device, size, known = setup(args.device)[0], args.image_size, {}
-    network, paths = load_network(args.features, device), {args.source, args.reference} - {None}
+    device, size, known, row = setup(args.device)[0], args.image_size, {}, {}
+    network = load_network(args.features, device)
     if sampler:
-        weights = {} if args.reconstruct else guidance(sampler, args)
+        weights = guidance(sampler, args)
         size = size or (sampler.size if args.reconstruct else sampler.out_size)
-        paths.remove(args.source)
-    folders = [path for path in paths if not path.endswith(".npz")]
-    for path in paths.difference(folders):  # it may tell the side of folders
-        known[path] = statistics(path, network, args.batch)
-        size = size or int(known[path].get("side", 0))
-    for path in folders:
-        size = size or common_side(folders)
+    paths = {args.reference, None if sampler else args.source} - {None}
+    for path in sorted(paths, key=lambda path: not path.endswith(".npz")):  # these may tell the folders' side
         known[path] = statistics(path, network, args.batch, size)
-    if sampler:
-        known[args.source] = described(made(sampler, args, weights), network)
-    found, reference = known[args.source], known.get(args.reference, {})
+        size = size or int(known[path].get("side", 0))
+    found = described(made(sampler, args, weights), network) if sampler else known[args.source]
+    reference = known.get(args.reference, {})
     side = f"images of {found['side']}x{found['side']}, " if "side" in found else ""
     say(f"{args.source}: {side}{len(found['mu'])} features")
-    row, sets = {}, [some.get("features", ()) for some in (reference, found)]
     if reference:
         with explained(f"--reference: expected statistics of {len(found['mu'])} features, as of --features"):
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
     if "probabilities" in found:
         row["IS"] = inception_score(found["probabilities"])
+    sets = [some.get("features", ()) for some in (reference, found)]
     if min(map(len, sets)) > 3:
         row["precision"], row["recall"] = precision_recall(*sets, device)
     if "saturation" in found:
@@ -539,7 +509,7 @@ def neighbors(sampler, args):
     network = load_network(args.features, sampler.device) if args.features else None
 
     def features(some):  # (B, D) float64
-        found = torch.from_numpy(network(some)[0]) if network else sampler.latents(some).flatten(1).cpu()
+        found = torch.from_numpy(network(some)["features"]) if network else sampler.latents(some).flatten(1).cpu()
         return found.double()
     drawn = np.concatenate([some for _, some in draw_all(sampler, args, labels, weights)])
     targets, found, distances = features(drawn), [], []
@@ -549,9 +519,9 @@ def neighbors(sampler, args):
     nearest = torch.cat(distances, 1).topk(min(args.neighbors, len(found)), largest=False)
     rows = [[found[i] for i in order] for order in nearest.indices]
     names = [sampler.name(c) for c in labels] if sampler.config.num_classes else None
-    save_grid(args.out, [[image, *map(images.read, row)] for image, row in zip(drawn, rows)],
+    grid = [[image, *map(images.read, row)] for image, row in zip(drawn, rows)]
+    save_grid(args.out, f"{args.n} samples and the nearest of {len(found)} images", grid,
               row_names=names, column_names=["sample", "nearest"])
-    say(f"{args.out}: {args.n} samples and the nearest of {len(found)} images")
     for number, (row, values) in enumerate(zip(rows, nearest.values)):
         say(f"  {number}: " + ", ".join(f"{images.names[i]} ({d:.2f})" for i, d in zip(row, values)))
 
@@ -641,7 +611,6 @@ positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), 
 picture, table = writable(".png", ".jpg", ".webp"), writable(".npz")
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
     "images": (list, None, "image files, folders"), "image": (str, None, "an image file"),
-    "a": (str, None, "an image file"), "b": (str, None, "another"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the image's own)"),
     "--mean-guidance": (several(weight), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
     "--variance-guidance": (several(weight), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
@@ -673,7 +642,7 @@ GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
     generate: f"{GUIDED} --upsampler --n --out --npz",
     reconstruct: "images --label --groups --out=reconstructions.png",
-    interpolate: "a b --label --steps=5 --out=interpolation.png",
+    interpolate: "images --label --steps=5 --out=interpolation.png",
     manifold: "--label --steps=7 --out=manifold.png",
     outpaint: "image --label --direction --width --out=outpainted.png",
     rates: "--data --label --n=1000",
