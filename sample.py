@@ -130,18 +130,12 @@ class Sampler:
         for names in (self.folders, self.classes):
             numbers |= {name.strip().lower(): i for i, name in enumerate(names[:count])}
         for word in [text] if text in numbers else text.split(","):  # a name may have commas itself
-            found = {i for name, i in numbers.items() if name.startswith(word.strip())}
-            label = numbers.get(word.strip(), found.pop() if len(found) == 1 else None)
-            require(label is not None, f"--label {word}: no such class, or several; expected none, a number, "
+            names = [word.strip()] if word.strip() in numbers else numbers
+            found = {numbers[name] for name in names if name.startswith(word.strip())}
+            require(len(found) == 1, f"--label {word}: no such class, or several; expected none, a number, "
                     f"or a name: {', '.join(list(numbers)[-50:])[:300]} ..")
-            labels.append(label)
+            labels += found
         return labels
-
-    def label(self, text):
-        """One class, as `labels` reads it; None: the first. Raises ValueError."""
-        label, *more = self.labels(text)
-        require(not (text and more), f"--label {text}: expected one class")
-        return label
 
     def name(self, label):
         """What a class is called in a picture."""
@@ -205,10 +199,11 @@ def find_photos(sampler, paths):
 
 def encoded(sampler, images, batch, text=None, limit=None):
     """(uint8 images, latents (B, C, h, w), labels (B,)) of batches, as in `batches`. The class is what `text`
-    names, or the sub-folder (a model that knows no names takes these in order), or the likeliest."""
+    names, one or one per image, else the sub-folder (a model without names takes them in order), else the
+    likeliest."""
     count = sampler.config.num_classes
     if count and text:
-        images.labels[:] = sampler.label(text)
+        images.labels[:] = sampler.labels(text)
     elif count and images.classes and (sampler.folders or len(images.classes) != count):
         relabel(images, sampler.folders, "without --label")
     for rows, some in batches(images, batch, limit):
@@ -251,9 +246,16 @@ def generate(sampler, args):
             more = {"arr_1": labels[np.argsort(row)]} if sampler.config.num_classes else {}
             daes.write(args.npz, lambda file: np.savez(file, arr_0=array, **more))
             say(f"{args.npz}: {n} samples of {size}x{size} pixels")
-        if out:
-            shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
-            save_samples(sampler, out, np.array(array[row[shown]]), labels[shown])
+        shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
+        images, labels = np.array(array[row[shown]]), labels[shown]
+    if not out:
+        return
+    ends = np.flatnonzero(np.diff(labels)) + 1  # a row per class, or a square of one class
+    names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
+    if len(names) == 1:
+        columns, names = math.ceil(math.sqrt(len(images))), None
+        ends = range(columns, len(images), columns)
+    save_grid(out, f"{len(images)} samples of {size}x{size} pixels", np.split(images, ends), row_names=names)
 
 @contextlib.contextmanager
 def shared_array(path, shape):
@@ -270,15 +272,6 @@ def shared_array(path, shape):
     finally:
         if world()[0] == 0 and os.path.exists(path):
             os.remove(path)
-
-def save_samples(sampler, path, images, labels):
-    """The grid of samples: a row per class, or a square of one class."""
-    ends = np.flatnonzero(np.diff(labels)) + 1
-    names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
-    if len(names) == 1:
-        columns, names = math.ceil(math.sqrt(len(images))), None
-        ends = range(columns, len(images), columns)
-    save_grid(path, f"{len(images)} samples", np.split(images, ends), row_names=names)
 
 # ---------------------------------------------------------------- manipulation (Section 5)
 def reconstruct(sampler, args):
@@ -314,9 +307,9 @@ def channel_kl(out):
     return torch.stack([lvae.gaussian_kl(l.posterior, l.prior).sum((2, 3)).mean(0) for l in out.latents])
 
 def manifold(sampler, args):
-    """Figure 4: the most active channel, in 64 samples, of the first group and of the second, swept."""
+    """Figure 4: the most active channel, in 64 samples of the first class named, of groups 1 and 2, swept."""
     require(sampler.model.sides[0] == 1 < sampler.config.groups[-1], "the model has no two groups at 1x1")
-    label = sampler.label(args.label)
+    label = sampler.labels(args.label)[0]
     x = sampler.generate(sampler.noise(args.seed, range(64)), label)
     across, down = channel_kl(sampler.infer(x, label))[:2].argmax(1).tolist()  # of (L, z)
     values, rows = torch.linspace(-2.25, 2.25, args.steps, device=sampler.device), []
@@ -375,9 +368,9 @@ def rates(sampler, args):
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 def load_network(path, device):
-    """A TorchScript network of uint8 (B, 3, H, W) -> a function of uint8 (B, H, W, 3), which gives a dict:
-    features (B, D), perhaps class probabilities (B, K). The network gives features, or features and logits;
-    one with NETWORK's two options gives features with the first, probabilities with the second."""
+    """A TorchScript network of uint8 (B, 3, H, W), which gives features, or features and logits, or one with
+    NETWORK's two options -> a function of uint8 (B, H, W, 3), which gives a dict: features (B, D) and, if
+    known, the probabilities of classes (B, K)."""
     with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         options = {argument.name for argument in net.forward.schema.arguments}
@@ -509,8 +502,9 @@ def neighbors(sampler, args):
     network = load_network(args.features, sampler.device) if args.features else None
 
     def features(some):  # (B, D) float64
-        found = torch.from_numpy(network(some)["features"]) if network else sampler.latents(some).flatten(1).cpu()
-        return found.double()
+        if network:
+            return torch.from_numpy(network(some)["features"]).double()
+        return sampler.latents(some).flatten(1).cpu().double()
     drawn = np.concatenate([some for _, some in draw_all(sampler, args, labels, weights)])
     targets, found, distances = features(drawn), [], []
     for rows, some in batches(images, args.batch):
@@ -591,15 +585,13 @@ def timed(function, budget):
     return timer.blocked_autorange(min_run_time=budget).times
 
 # ---------------------------------------------------------------- command line
-def writable(*endings):
+def writable(endings, text):
     """argparse type: the name of a file to write, refused before the work that would fill it."""
-    def name(text):
-        folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
-        possible = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(text)
-        if not (possible and text.lower().endswith(endings)):
-            raise argparse.ArgumentTypeError(f"{text}: cannot be written, or is no {' or '.join(endings)}")
-        return text
-    return name
+    folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
+    possible = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(text)
+    if not (possible and text.lower().endswith(endings)):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written, or is no {' or '.join(endings)}")
+    return text
 
 def several(kind):
     """argparse type: A,B,.. -> a list."""
@@ -608,10 +600,11 @@ def several(kind):
     return values
 
 positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), at_least(-math.inf, float)
-picture, table = writable(".png", ".jpg", ".webp"), writable(".npz")
+picture = functools.partial(writable, (".png", ".jpg", ".webp"))
+table = functools.partial(writable, (".npz",))
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
     "images": (list, None, "image files, folders"), "image": (str, None, "an image file"),
-    "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the image's own)"),
+    "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
     "--mean-guidance": (several(weight), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
     "--variance-guidance": (several(weight), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
     "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),

@@ -208,7 +208,7 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 716, "train": 888, "sample": 711, "test_lvae": 895}, 0
+    budgets, raises = {"lvae": 620, "dae": 716, "train": 888, "sample": 673, "test_lvae": 893}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
@@ -507,7 +507,7 @@ def test_released_pipelines():
     assert state["config"] == replace(config, attention="released", lr=1e-9, warmup=0, steps=2)
     assert state["step"] == 2 and same(state["dae"], ae.state_dict())
     sampler = sample.Sampler("on/checkpoint.pt")
-    assert [sampler.label(text) for text in ("tench", "TENC", "0")] == [0, 0, 0]
+    assert [sampler.labels(text) for text in ("tench", "TENC", "0")] == [[0]] * 3
     close(state["model"]["out_proj.weight"], model.out_proj.weight)
 
 # ---------------- commands
@@ -641,7 +641,7 @@ def test_evaluation():
     close(table("fortran.npz --reference x.npz")["saturation"], table("photos.npz")["saturation"])
     with patch.object(np, "savez", side_effect=OSError(30, "Read-only file system")):
         refused("Read-only", table, "photos.npz --export y.npz")
-    refused("written", table, "photos --export photos/a/0.png/y.npz")
+    refused("written", table, "photos.npz --export photos/a/0.png/y.npz")
     refused("no image found", table, "run --image-size 32")  # its grids are no samples
     with patch.object(sample.Sampler, "draw", autospec=True, side_effect=sample.Sampler.draw) as draw:
         table(f"{RUN} --n 16")  # the Inception Score goes by parts: classes are mixed
@@ -872,7 +872,7 @@ def test_mistakes_are_refused():
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
                            ("written", f"--out {A}/x.png")):
         refused(cause, sampling, f"generate {RUN} {options}")
-    refused("one class", sampling, f"interpolate {RUN} {A} {B} --label a,b")
+    refused("broadcast", sampling, f"interpolate {RUN} {A} {B} --label a,b,a")
     for cause, line in (("church_outdoor_train_lmdb", f"{TRAIN}--dataset church"),
                         ("a\\x1b", f"{SAMPLE}generate a\x1b"), ("a\\x1b", f"{DAE}info a\x1b")):
         said = shell(line, code=2)
