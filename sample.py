@@ -322,17 +322,14 @@ def manifold(sampler, args):
     save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
-    """Figure 6: the latents of every level from 4x4 up are widened with fresh noise."""
-    side, share = sampler.config.resolution, {"left": 1, "up": 1, "both": 0.5}.get(args.direction, 0)
-    size = [side * args.width, side] if args.direction in ("down", "up") else [side, side * args.width]
+    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise."""
+    size = sampler.config.resolution, sampler.config.resolution * args.width
     images, x, label = next(encoded(sampler, find_photos(sampler, [args.image]), 1, args.label))
     latents = sampler.infer(x, label).latents
 
     def around(z, fresh, prior):
         """A group's noise: fresh, but where the image stands what makes its z under the new prior."""
-        (height, width), (h, w) = fresh.shape[2:], z.shape[2:]
-        top, left = int((height - h) * share), int((width - w) * share)
-        here = np.s_[:, :, top:top + h, left:left + w]  # all of a 1x1 group
+        here = np.s_[:, :, :, :z.shape[3]]  # all of a 1x1 group
         fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
         return fresh
     fresh = sampler.noise(args.seed, [0], size)
@@ -614,8 +611,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--npz": (table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
     "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
-    "--direction": (("right", "left", "both", "down", "up"), "right", "where it grows"),
-    "--width": (positive, 2, "in images; the height, if it grows down or up"),
+    "--width": (positive, 2, "in images"),
     "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),
     "--features": (str, None, f"TorchScript network, such as {NETWORK}"),
     "--reference": (str, None, ".npz (mu and sigma, or arr_0, or both) or folder of images"),
@@ -637,7 +633,7 @@ COMMANDS = {  # their options, some with a default of their own
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "images --label --steps=5 --out=interpolation.png",
     manifold: "--label --steps=7 --out=manifold.png",
-    outpaint: "image --label --direction --width --out=outpainted.png",
+    outpaint: "image --label --width --out=outpainted.png",
     rates: "--data --label --n=1000",
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
               "--image-size",

@@ -208,7 +208,7 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 716, "train": 888, "sample": 673, "test_lvae": 893}, 0
+    budgets, raises = {"lvae": 620, "dae": 716, "train": 888, "sample": 669, "test_lvae": 892}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
@@ -572,15 +572,14 @@ def test_outpainting():
     """Whatever the wide prior, the posterior's z stands where the image does; 1x1 groups are kept."""
     (sampler, _, x, label), real = begin(), lvae.LVAE.generate
     latents = sampler.model(x[:1], label[:1], [0 * eps for eps in sampler.noise(0, [0])]).latents
-    for options, size, top, left in (("right", (16, 32), 0, 0), ("left", (16, 32), 0, 1),
-                                     ("up", (32, 16), 1, 0), ("both --width 3", (16, 48), 0, 1)):
+    for width in (2, 3):
         with patch.object(lvae.LVAE, "generate", autospec=True, side_effect=real) as generate:
-            sampling(f"outpaint {RUN} {A} --direction {options}")
-        given, shapes = generate.call_args_list[0].args[1], sampler.model.latent_shapes(size)
+            sampling(f"outpaint {RUN} {A} --width {width}")
+        given, shapes = generate.call_args_list[0].args[1], sampler.model.latent_shapes((16, 16 * width))
         for eps, (_, _, z), shape in zip(given, latents, shapes, strict=True):
-            prior, (h, w) = lvae.Gaussian(torch.randn(1, *shape), torch.rand(1, *shape) + 0.5), z.shape[2:]
+            prior = lvae.Gaussian(torch.randn(1, *shape), torch.rand(1, *shape) + 0.5)
             wide = prior.mean + prior.var.sqrt() * eps(prior)
-            close(wide[:, :, top * h % shape[1]:, left * w % shape[2]:][:, :, :h, :w], z, 1e-4)
+            close(wide[:, :, :, :z.shape[3]], z, 1e-4)
 
 class Inception(torch.nn.Conv2d):
     """The interface of the usual network, small."""
