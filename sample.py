@@ -18,13 +18,13 @@ A sample depends on its seed, number and label, not on its batch. Guidance (Eq. 
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -76,9 +76,9 @@ class Sampler:
 
     def draw(self, seed, numbers, label, **guidance):
         """Samples `numbers` of a seed -> uint8 (B, H, W, 3)."""
-        images, up = self.images(self.noise(seed, numbers), label, **guidance), self.upsampler
+        label, up = self.known(label), self.upsampler
+        images = self.images(self.noise(seed, numbers), label, **guidance)
         if up:
-            label = label if self.config.num_classes else None
             images = up.images(up.noise((seed, 1), numbers), label, low_res=up.latents(images))
         return images
 
@@ -130,18 +130,12 @@ class Sampler:
         for names in (self.folders, self.classes):
             numbers |= {name.strip().lower(): i for i, name in enumerate(names[:count])}
         for word in [text] if text in numbers else text.split(","):  # a name may have commas itself
-            found = {i for name, i in numbers.items() if name.startswith(word.strip())}
-            label = numbers.get(word.strip(), found.pop() if len(found) == 1 else None)
-            require(label is not None, f"--label {word}: no such class, or several; expected none, a number, "
+            names = [word.strip()] if word.strip() in numbers else numbers
+            found = {numbers[name] for name in names if name.startswith(word.strip())}
+            require(len(found) == 1, f"--label {word}: no such class, or several; expected none, a number, "
                     f"or a name: {', '.join(list(numbers)[-50:])[:300]} ..")
-            labels.append(label)
+            labels += found
         return labels
-
-    def label(self, text):
-        """One class, as `labels` reads it; None: the first. Raises ValueError."""
-        label, *more = self.labels(text)
-        require(not (text and more), f"--label {text}: expected one class")
-        return label
 
     def name(self, label):
         """What a class is called in a picture."""
@@ -160,17 +154,12 @@ def make_sampler(args):
 
 def guidance(sampler, args):
     """What is asked for of guidance and temperature, as arguments of `generate`; for ImageNet the paper's."""
-    means, variances, sides = args.mean_guidance, args.variance_guidance, sampler.model.sides
+    means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
     possible = sampler.can_guide and args.label != "none"
     if possible and sampler.dataset == "imagenet" and not (means or variances):
         means, variances = lvae.guidance_levels(sampler.config, 1.5), [3.0]
-    settings = {"mean_guidance": means or [0.0], "variance_guidance": variances or [0.0]}
-    for name, weights in settings.items():
-        require(len(weights) in (1, len(sides)), f"{name} takes a number, or one per level: {sides}")
-        require(possible or not any(weights),
-                "guidance needs a class-conditional model, a hierarchical prior, and a label")
-        settings[name] = weights * (len(sides) // len(weights))
-    return settings | {"temperature": args.temperature}
+    means, variances = (w * levels if len(w) == 1 else w for w in (means or [0.0], variances or [0.0]))
+    return {"mean_guidance": means, "variance_guidance": variances, "temperature": args.temperature}
 
 def even_labels(classes, n):
     """n labels, as evenly of the classes as can be, in their order: (N,)."""
@@ -186,21 +175,19 @@ def draw_all(sampler, args, labels, weights):
 
 def batches(images, batch, limit=None):
     """(Indices, uint8 images) of every batch of good images, or of `limit` of them, evenly spaced."""
-    count, found = len(images.names), 0
+    count = len(images.names)
     n = min(limit or count, count)
     for start in tqdm(range(0, n, batch), desc="images", unit="batch", disable=n <= batch):
         rows = np.arange(start, min(start + batch, n)) * count // n
         good = {i: image for i in rows.tolist() if (image := images.read(i)) is not None}
-        found += len(good)
         if good:
             yield list(good), list(good.values())
-    require(found, "no usable image")
+    require(len(images.bad) < n, "no usable image")
 
 def find_images(sampler, path):
     """The images of --data, or of the data that the model was trained on."""
     path = sampler.data if path is None else path
-    require(path is not None and not path.endswith(".npz"),
-            "name a folder of images with --data ('toy' is the built-in scenes)")
+    require(path is not None, "name a folder of images with --data ('toy' is the built-in scenes)")
     return open_images(path, sampler.size)
 
 def find_photos(sampler, paths):
@@ -212,16 +199,16 @@ def find_photos(sampler, paths):
 
 def encoded(sampler, images, batch, text=None, limit=None):
     """(uint8 images, latents (B, C, h, w), labels (B,)) of batches, as in `batches`. The class is what `text`
-    names, or the sub-folder (a model that knows no names takes these in order), or the likeliest."""
+    names, one or one per image, else the sub-folder (a model without names takes them in order), else the
+    likeliest."""
     count = sampler.config.num_classes
-    if count and not text and images.classes and (sampler.folders or len(images.classes) != count):
+    if count and text:
+        images.labels[:] = sampler.labels(text)
+    elif count and images.classes and (sampler.folders or len(images.classes) != count):
         relabel(images, sampler.folders, "without --label")
-    named = sampler.label(text) if text and count else None
     for rows, some in batches(images, batch, limit):
         x, labels = sampler.latents(some), images.labels[rows]
-        if named is not None:
-            labels = [named] * len(x)
-        elif count and not images.classes:
+        if count and not (text or images.classes):
             labels = [likeliest(sampler, latent) for latent in x]
         yield some, x, torch.as_tensor(labels, device=sampler.device)
 
@@ -233,10 +220,11 @@ def likeliest(sampler, x):
     out = sampler.infer(x, torch.arange(count))
     return int((lvae.distortions(out, x, sampler.config) + out.kl.sum(0)).argmin())
 
-def save_grid(path, rows, **names):
-    """Save a grid; images smaller than 128 pixels are enlarged by a whole factor."""
+def save_grid(path, what, rows, **names):
+    """Save a grid and say what it is; images smaller than 128 pixels are enlarged by a whole factor."""
     scale = math.ceil(128 / min(128, *(image.shape[0] for row in rows for image in row)))
     save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
+    say(f"{path}: {what}")
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
@@ -257,10 +245,17 @@ def generate(sampler, args):
         if args.npz:
             more = {"arr_1": labels[np.argsort(row)]} if sampler.config.num_classes else {}
             daes.write(args.npz, lambda file: np.savez(file, arr_0=array, **more))
-        if out:
-            shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
-            save_samples(sampler, out, np.array(array[row[shown]]), labels[shown])
-    say(f"{n} samples of {size}x{size} pixels: " + " ".join(filter(None, (args.npz, out))))
+            say(f"{args.npz}: {n} samples of {size}x{size} pixels")
+        shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
+        images, labels = np.array(array[row[shown]]), labels[shown]
+    if not out:
+        return
+    ends = np.flatnonzero(np.diff(labels)) + 1  # a row per class, or a square of one class
+    names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
+    if len(names) == 1:
+        columns, names = math.ceil(math.sqrt(len(images))), None
+        ends = range(columns, len(images), columns)
+    save_grid(out, f"{len(images)} samples of {size}x{size} pixels", np.split(images, ends), row_names=names)
 
 @contextlib.contextmanager
 def shared_array(path, shape):
@@ -278,15 +273,6 @@ def shared_array(path, shape):
         if world()[0] == 0 and os.path.exists(path):
             os.remove(path)
 
-def save_samples(sampler, path, images, labels):
-    """The grid of samples: a row per class, or a square of one class."""
-    ends = np.flatnonzero(np.diff(labels)) + 1
-    names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
-    if len(names) == 1:
-        columns, names = math.ceil(math.sqrt(len(images))), None
-        ends = range(columns, len(images), columns)
-    save_grid(path, np.split(images, ends), row_names=names)
-
 # ---------------------------------------------------------------- manipulation (Section 5)
 def reconstruct(sampler, args):
     """Images, what the autoencoder alone and with the LVAE make of them, and what its first k groups say."""
@@ -301,31 +287,29 @@ def reconstruct(sampler, args):
         rows["autoencoder"].extend(sampler.decode(x))
         for name, k in kept.items():  # the other groups are drawn
             rows[name].extend(sampler.images(noise[:k] + drawn[k:], label, low_res=low_res))
-    save_grid(args.out, list(rows.values()), row_names=list(rows))
-    say(f"{args.out}: {len(rows['original'])} images")
+    save_grid(args.out, f"{len(rows['original'])} images", list(rows.values()), row_names=list(rows))
 
 def interpolate(sampler, args):
     """Figure 5: a path between images through whitened noise; the ends are their reconstructions. The
     label's embedding moves along. With a hierarchical prior this is Section 5.2's future work."""
-    pair, x, label = next(encoded(sampler, find_photos(sampler, [args.a, args.b]), 2, args.label))
+    pair, x, label = next(encoded(sampler, find_photos(sampler, args.images), 3, args.label))
     require(len(pair) == 2, "expected two usable images")
     ends, steps = sampler.posterior(x, label), torch.linspace(0, 1, args.steps, device=x.device)
     if sampler.config.num_classes:
         ends.append(sampler.model.embedding(label))  # (2, label_dim)
     mixed = [torch.stack([torch.lerp(end[0], end[1], t) for t in steps]) for end in ends]
     embedded = mixed.pop() if sampler.config.num_classes else None
-    row = [pair[0], *sampler.images(mixed, embedded), pair[1]]
-    save_grid(args.out, [row], column_names=["A", *(f"{float(t):.2f}" for t in steps), "B"])
-    say(f"{args.out}: {args.steps} steps from A to B")
+    row, names = [pair[0], *sampler.images(mixed, embedded), pair[1]], [f"{float(t):.2f}" for t in steps]
+    save_grid(args.out, f"{args.steps} steps from A to B", [row], column_names=["A", *names, "B"])
 
 def channel_kl(out):
     """Mean KL of every latent group's channels in an Output: (L, z) nats, summed over positions."""
     return torch.stack([lvae.gaussian_kl(l.posterior, l.prior).sum((2, 3)).mean(0) for l in out.latents])
 
 def manifold(sampler, args):
-    """Figure 4: the most active channel, in 64 samples, of the first group and of the second, swept."""
+    """Figure 4: the most active channel, in 64 samples of the first class named, of groups 1 and 2, swept."""
     require(sampler.model.sides[0] == 1 < sampler.config.groups[-1], "the model has no two groups at 1x1")
-    label = sampler.label(args.label)
+    label = sampler.labels(args.label)[0]
     x = sampler.generate(sampler.noise(args.seed, range(64)), label)
     across, down = channel_kl(sampler.infer(x, label))[:2].argmax(1).tolist()  # of (L, z)
     values, rows = torch.linspace(-2.25, 2.25, args.steps, device=sampler.device), []
@@ -334,34 +318,25 @@ def manifold(sampler, args):
         noise[0][:, across], noise[1][:, down] = values[:, None, None], value
         rows.append(sampler.images(noise, label))
     marks = [f"{float(value):.2f}" for value in values]
-    save_grid(args.out, rows, row_names=marks, column_names=marks)
-    say(f"{args.out}: across: group 1, channel {across}; down: group 2, channel {down}")
+    what = f"across: group 1, channel {across}; down: group 2, channel {down}"
+    save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
-    """Figure 6: the latents of every level from 4x4 up are widened with fresh noise."""
-    side, extra = sampler.config.resolution, args.width - 1
-    size = [side * args.width, side] if args.direction in ("down", "up") else [side, side * args.width]
-    # Where the image stands in the larger one, in images from its top and from its left.
-    above, before = {"up": (extra, 0), "left": (0, extra), "both": (0, extra / 2)}.get(args.direction, (0, 0))
+    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise."""
+    size = sampler.config.resolution, sampler.config.resolution * args.width
     images, x, label = next(encoded(sampler, find_photos(sampler, [args.image]), 1, args.label))
     latents = sampler.infer(x, label).latents
 
-    def around(z, fresh):
+    def around(z, fresh, prior):
         """A group's noise: fresh, but where the image stands what makes its z under the new prior."""
-        h, w = z.shape[2:]
-        top, left = int(above * h), int(before * w)
-        here = np.s_[:, :, top:top + h, left:left + w]
-
-        def eps(prior):
-            if fresh.shape == z.shape:  # a 1x1 group is kept whole
-                return lvae.whiten(z, prior)
-            fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
-            return fresh
-        return eps
-    noise = [around(latent.z, fresh) for latent, fresh in zip(latents, sampler.noise(args.seed, [0], size))]
+        here = np.s_[:, :, :, :z.shape[3]]  # all of a 1x1 group
+        fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
+        return fresh
+    fresh = sampler.noise(args.seed, [0], size)
+    noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
     row = [*images, *sampler.images(noise, label, size=size)]
-    save_grid(args.out, [row], column_names=["image", "outpainted"])
-    say(f"{args.out}: {row[1].shape[1]}x{row[1].shape[0]} pixels")
+    what = f"{row[1].shape[1]}x{row[1].shape[0]} pixels"
+    save_grid(args.out, what, [row], column_names=["image", "outpainted"])
 
 # ---------------------------------------------------------------- the rate of every group
 def rates(sampler, args):
@@ -390,9 +365,9 @@ def rates(sampler, args):
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 def load_network(path, device):
-    """A TorchScript network of uint8 (B, 3, H, W) -> a function of uint8 (B, H, W, 3), which gives features
-    (B, D) and class probabilities (B, K) or None. The network gives features, or features and logits; one
-    with NETWORK's two options gives features with the first, probabilities with the second."""
+    """A TorchScript network of uint8 (B, 3, H, W), which gives features, or features and logits, or one with
+    NETWORK's two options -> a function of uint8 (B, H, W, 3), which gives a dict: features (B, D) and, if
+    known, the probabilities of classes (B, K)."""
     with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         options = {argument.name for argument in net.forward.schema.arguments}
@@ -405,8 +380,9 @@ def load_network(path, device):
                 out = net(x, return_features=True), net(x, no_output_bias=True)
             else:
                 out = net(x)
-                out = (out, None) if torch.is_tensor(out) else (out[0], out[1].float().softmax(1))
-            return [None if t is None else t.flatten(1).float().cpu().numpy() for t in out]
+                out = [out] if torch.is_tensor(out) else [out[0], out[1].float().softmax(1)]
+            found = [t.flatten(1).float().cpu().numpy() for t in out]
+        return dict(zip(("features", "probabilities"), found))
     return network
 
 def frechet(mu1, sigma1, mu2, sigma2):
@@ -441,45 +417,35 @@ def precision_recall(reference, samples, device, k=3):
 def described(parts, network):
     """Batches of images -> what is known of them: features, their moments, class probabilities, and the mean
     saturation of their colours (HSV)."""
-    rows = []
+    rows, saturation = [], []
     for images in parts:
         top, low = np.max(images, axis=3).astype(float), np.min(images, axis=3)  # (B, H, W)
-        rows.append((*network(images), ((top - low) / np.maximum(top, 1)).mean((1, 2))))
-    features, probabilities, saturation = (None if part[0] is None else np.concatenate(part)
-                                           for part in zip(*rows))
-    require(len(features) > 1, "one image has no covariance")
-    known = {"mu": features.mean(0, dtype=np.float64), "features": features, "side": top.shape[1],
-             "sigma": np.cov(features, rowvar=False, dtype=np.float64), "saturation": saturation.mean()}
-    return known if probabilities is None else known | {"probabilities": probabilities}
+        saturation += ((top - low) / np.maximum(top, 1)).mean((1, 2)).tolist()
+        rows.append(network(images))
+    known = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    require(len(saturation) > 1, "one image has no covariance")
+    return known | {"mu": known["features"].mean(0, dtype=np.float64), "side": top.shape[1],
+                    "sigma": np.cov(known["features"], rowvar=False, dtype=np.float64),
+                    "saturation": np.mean(saturation)}
 
-def statistics(path, network, batch, size=None):
+def statistics(path, network, batch, size):
     """What is known of the images of an .npz, or of a folder. A reference batch has its mu and sigma."""
     if not path.endswith(".npz"):
-        images = open_images(path, size)
-        known = described((some for _, some in batches(images, batch)), network)
+        require(size, f"{path}: to be compared at which side? Say --image-size")
+        known = described((some for _, some in batches(open_images(path, size), batch)), network)
         if "probabilities" in known:  # they are sorted, and the Inception Score goes by parts
             known["probabilities"] = np.random.default_rng(0).permutation(known["probabilities"])
         return known
     with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3), or mu and sigma"), np.load(path) as file:
-        images, names = file.get("arr_0"), {"mu", "sigma", "features", "probabilities", "saturation", "side"}
+        names = {"mu", "sigma", "features", "probabilities", "saturation", "side"}
         given = {name: file[name] for name in names & set(file)}
         require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
-        require(images is not None or {"mu", "sigma"} <= given.keys(), f"it holds {file.files}")
-        if images is None:
-            return given
+        if "arr_0" not in file:
+            return {"mu": file["mu"], "sigma": file["sigma"], **given}
+        images = file["arr_0"]
         fits = images.dtype == np.uint8 and images.shape[3:] == (3,) and len(images)
         require(fits, f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
-
-def common_side(paths):
-    """The short side of the images in folders. Raises ValueError if they differ."""
-    sides = set()
-    for name in (name for path in paths for name in open_images(path, 8).names):
-        with contextlib.suppress(Exception), Image.open(name) as image:
-            sides.add(min(image.size))
-    extremes = f"from {min(sides)} to {max(sides)} pixels" if sides else "unknown"
-    require(len(sides) == 1, f"{' '.join(paths)}: short sides are {extremes}: say the --image-size")
-    return sides.pop()
 
 def made(sampler, args, weights):
     """Batches of samples, or of what the autoencoder, alone or with the LVAE, makes of --data."""
@@ -487,41 +453,35 @@ def made(sampler, args, weights):
         labels = even_labels(sampler.labels(args.label), args.n)
         labels = np.random.default_rng(args.seed).permutation(labels)  # the Inception Score goes by parts
         yield from (images for _, images in draw_all(sampler, args, labels, weights))
-    elif args.reconstruct == "autoencoder":
-        for _, images in batches(find_images(sampler, args.data), args.batch, args.n):
-            yield sampler.decode(sampler.latents(images))
-    else:
-        for _, x, label in encoded(sampler, find_images(sampler, args.data), args.batch, args.label, args.n):
-            yield sampler.images(sampler.posterior(x, label), label)
+        return
+    alone, images = args.reconstruct == "autoencoder", find_images(sampler, args.data)
+    text = "none" if alone else args.label
+    for _, x, label in encoded(sampler, images, args.batch, text, args.n):
+        yield sampler.decode(x) if alone else sampler.images(sampler.posterior(x, label), label)
 
 def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
     Of a checkpoint's samples or reconstructions, an .npz or a folder, against an .npz (a reference batch of
     that evaluator, or one exported here) or a folder. Saturation is the mean of HSV's (footnote 2)."""
-    device, size, known = setup(args.device)[0], args.image_size, {}
-    network, paths = load_network(args.features, device), {args.source, args.reference} - {None}
+    device, size, known, row = setup(args.device)[0], args.image_size, {}, {}
+    network = load_network(args.features, device)
     if sampler:
-        weights = {} if args.reconstruct else guidance(sampler, args)
+        weights = guidance(sampler, args)
         size = size or (sampler.size if args.reconstruct else sampler.out_size)
-        paths.remove(args.source)
-    folders = [path for path in paths if not path.endswith(".npz")]
-    for path in paths.difference(folders):  # it may tell the side of folders
-        known[path] = statistics(path, network, args.batch)
-        size = size or int(known[path].get("side", 0))
-    for path in folders:
-        size = size or common_side(folders)
+    paths = {args.reference, None if sampler else args.source} - {None}
+    for path in sorted(paths, key=lambda path: not path.endswith(".npz")):  # these may tell the folders' side
         known[path] = statistics(path, network, args.batch, size)
-    if sampler:
-        known[args.source] = described(made(sampler, args, weights), network)
-    found, reference = known[args.source], known.get(args.reference, {})
+        size = size or int(known[path].get("side", 0))
+    found = described(made(sampler, args, weights), network) if sampler else known[args.source]
+    reference = known.get(args.reference, {})
     side = f"images of {found['side']}x{found['side']}, " if "side" in found else ""
     say(f"{args.source}: {side}{len(found['mu'])} features")
-    row, sets = {}, [some.get("features", ()) for some in (reference, found)]
     if reference:
         with explained(f"--reference: expected statistics of {len(found['mu'])} features, as of --features"):
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
     if "probabilities" in found:
         row["IS"] = inception_score(found["probabilities"])
+    sets = [some.get("features", ()) for some in (reference, found)]
     if min(map(len, sets)) > 3:
         row["precision"], row["recall"] = precision_recall(*sets, device)
     if "saturation" in found:
@@ -539,8 +499,9 @@ def neighbors(sampler, args):
     network = load_network(args.features, sampler.device) if args.features else None
 
     def features(some):  # (B, D) float64
-        found = torch.from_numpy(network(some)[0]) if network else sampler.latents(some).flatten(1).cpu()
-        return found.double()
+        if network:
+            return torch.from_numpy(network(some)["features"]).double()
+        return sampler.latents(some).flatten(1).cpu().double()
     drawn = np.concatenate([some for _, some in draw_all(sampler, args, labels, weights)])
     targets, found, distances = features(drawn), [], []
     for rows, some in batches(images, args.batch):
@@ -549,9 +510,9 @@ def neighbors(sampler, args):
     nearest = torch.cat(distances, 1).topk(min(args.neighbors, len(found)), largest=False)
     rows = [[found[i] for i in order] for order in nearest.indices]
     names = [sampler.name(c) for c in labels] if sampler.config.num_classes else None
-    save_grid(args.out, [[image, *map(images.read, row)] for image, row in zip(drawn, rows)],
+    grid = [[image, *map(images.read, row)] for image, row in zip(drawn, rows)]
+    save_grid(args.out, f"{args.n} samples and the nearest of {len(found)} images", grid,
               row_names=names, column_names=["sample", "nearest"])
-    say(f"{args.out}: {args.n} samples and the nearest of {len(found)} images")
     for number, (row, values) in enumerate(zip(rows, nearest.values)):
         say(f"  {number}: " + ", ".join(f"{images.names[i]} ({d:.2f})" for i, d in zip(row, values)))
 
@@ -621,15 +582,13 @@ def timed(function, budget):
     return timer.blocked_autorange(min_run_time=budget).times
 
 # ---------------------------------------------------------------- command line
-def writable(*endings):
+def writable(endings, text):
     """argparse type: the name of a file to write, refused before the work that would fill it."""
-    def name(text):
-        folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
-        possible = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(text)
-        if not (possible and text.lower().endswith(endings)):
-            raise argparse.ArgumentTypeError(f"{text}: cannot be written, or is no {' or '.join(endings)}")
-        return text
-    return name
+    folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
+    possible = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(text)
+    if not (possible and text.lower().endswith(endings)):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written, or is no {' or '.join(endings)}")
+    return text
 
 def several(kind):
     """argparse type: A,B,.. -> a list."""
@@ -638,11 +597,11 @@ def several(kind):
     return values
 
 positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), at_least(-math.inf, float)
-picture, table = writable(".png", ".jpg", ".webp"), writable(".npz")
+picture = functools.partial(writable, (".png", ".jpg", ".webp"))
+table = functools.partial(writable, (".npz",))
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
     "images": (list, None, "image files, folders"), "image": (str, None, "an image file"),
-    "a": (str, None, "an image file"), "b": (str, None, "another"),
-    "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the image's own)"),
+    "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
     "--mean-guidance": (several(weight), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
     "--variance-guidance": (several(weight), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
     "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),
@@ -652,8 +611,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--npz": (table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
     "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
-    "--direction": (("right", "left", "both", "down", "up"), "right", "where it grows"),
-    "--width": (positive, 2, "in images; the height, if it grows down or up"),
+    "--width": (positive, 2, "in images"),
     "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),
     "--features": (str, None, f"TorchScript network, such as {NETWORK}"),
     "--reference": (str, None, ".npz (mu and sigma, or arr_0, or both) or folder of images"),
@@ -673,9 +631,9 @@ GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
     generate: f"{GUIDED} --upsampler --n --out --npz",
     reconstruct: "images --label --groups --out=reconstructions.png",
-    interpolate: "a b --label --steps=5 --out=interpolation.png",
+    interpolate: "images --label --steps=5 --out=interpolation.png",
     manifold: "--label --steps=7 --out=manifold.png",
-    outpaint: "image --label --direction --width --out=outpainted.png",
+    outpaint: "image --label --width --out=outpainted.png",
     rates: "--data --label --n=1000",
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
               "--image-size",

@@ -208,14 +208,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 620, "dae": 668, "train": 854, "sample": 711, "test_lvae": 889}, 0
+    budgets, raises = {"lvae": 620, "dae": 668, "train": 854, "sample": 669, "test_lvae": 886}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 220_900
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 216_600
 
 @in_folder()
 def test_copied_alone():
@@ -501,7 +501,7 @@ def test_released_pipelines():
     assert state["config"] == replace(config, attention="released", lr=1e-9, warmup=0, steps=2)
     assert state["step"] == 2 and same(state["dae"], ae.state_dict())
     sampler = sample.Sampler("on/checkpoint.pt")
-    assert [sampler.label(text) for text in ("tench", "TENC", "0")] == [0, 0, 0]
+    assert [sampler.labels(text) for text in ("tench", "TENC", "0")] == [[0]] * 3
     close(state["model"]["out_proj.weight"], model.out_proj.weight)
 
 # ---------------- commands
@@ -566,15 +566,14 @@ def test_outpainting():
     """Whatever the wide prior, the posterior's z stands where the image does; 1x1 groups are kept."""
     (sampler, _, x, label), real = begin(), lvae.LVAE.generate
     latents = sampler.model(x[:1], label[:1], [0 * eps for eps in sampler.noise(0, [0])]).latents
-    for options, size, top, left in (("right", (16, 32), 0, 0), ("left", (16, 32), 0, 1),
-                                     ("up", (32, 16), 1, 0), ("both --width 3", (16, 48), 0, 1)):
+    for width in (2, 3):
         with patch.object(lvae.LVAE, "generate", autospec=True, side_effect=real) as generate:
-            sampling(f"outpaint {RUN} {A} --direction {options}")
-        given, shapes = generate.call_args_list[0].args[1], sampler.model.latent_shapes(size)
+            sampling(f"outpaint {RUN} {A} --width {width}")
+        given, shapes = generate.call_args_list[0].args[1], sampler.model.latent_shapes((16, 16 * width))
         for eps, (_, _, z), shape in zip(given, latents, shapes, strict=True):
-            prior, (h, w) = lvae.Gaussian(torch.randn(1, *shape), torch.rand(1, *shape) + 0.5), z.shape[2:]
+            prior = lvae.Gaussian(torch.randn(1, *shape), torch.rand(1, *shape) + 0.5)
             wide = prior.mean + prior.var.sqrt() * eps(prior)
-            close(wide[:, :, top * h % shape[1]:, left * w % shape[2]:][:, :, :h, :w], z, 1e-4)
+            close(wide[:, :, :, :z.shape[3]], z, 1e-4)
 
 class Inception(torch.nn.Conv2d):
     """The interface of the usual network, small."""
@@ -621,7 +620,7 @@ def test_metrics():
 def test_evaluation():
     torch.jit.script(Inception(3, 6, 4, 4)).save("net.pt")
     sampler, images, x, label = begin()
-    table("photos --export x.npz"), np.savez("photos.npz", arr_0=images)
+    table("photos --image-size 32 --export x.npz"), np.savez("photos.npz", arr_0=images)
     options = "--label a --n 8 --mean-guidance 1.5 --temperature 0.7"
     sampling(f"generate {RUN} --npz samples.npz {options}")
     np.savez("autoencoder.npz", arr_0=sampler.decode(x))
@@ -634,15 +633,13 @@ def test_evaluation():
     np.savez("fortran.npz", arr_0=np.asfortranarray(np.load("photos.npz")["arr_0"]))
     close(table("fortran.npz --reference x.npz")["saturation"], table("photos.npz")["saturation"])
     with patch.object(np, "savez", side_effect=OSError(30, "Read-only file system")):
-        refused("Read-only", table, "photos --export y.npz")
-    refused("written", table, "photos --export photos/a/0.png/y.npz")
+        refused("Read-only", table, "photos.npz --export y.npz")
+    refused("written", table, "photos.npz --export photos/a/0.png/y.npz")
     refused("no image found", table, "run --image-size 32")  # its grids are no samples
     with patch.object(sample.Sampler, "draw", autospec=True, side_effect=sample.Sampler.draw) as draw:
         table(f"{RUN} --n 16")  # the Inception Score goes by parts: classes are mixed
     assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
-    Image.open(A).resize((10, 10)).save("photos/a/icon.png")
-    for folders in ("photos", "photos/a --reference photos/b"):
-        refused("from 10 to 32", table, folders)
+    refused("--image-size", table, "photos/a --reference photos/b")
     said = sampling("evaluate photos --features net.pt --image-size 24")
     assert "images of 24x24" in said
 
@@ -868,7 +865,7 @@ def test_mistakes_are_refused():
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
                            ("written", f"--out {A}/x.png")):
         refused(cause, sampling, f"generate {RUN} {options}")
-    refused("one class", sampling, f"interpolate {RUN} {A} {B} --label a,b")
+    refused("broadcast", sampling, f"interpolate {RUN} {A} {B} --label a,b,a")
     for cause, line in (("church_outdoor_train_lmdb", f"{TRAIN}--dataset church"),
                         ("a\\x1b", f"{SAMPLE}generate a\x1b"), ("a\\x1b", f"{DAE}info a\x1b")):
         said = shell(line, code=2)
