@@ -90,7 +90,7 @@ class Config:
             need(name, all(isinstance(v, str) or known[name]["low"] <= v < math.inf for v in values))
         powers = [4 << k for k in range(16)]
         need("resolution", self.resolution in powers)
-        need("upsample", not self.upsample or self.resolution / self.upsample in powers)
+        need("upsample", self.resolution / (self.upsample or 1) in powers)
         need("attention", self.attention in ("sdpa", "released"))
         levels, (kind, *weights) = len(resolutions(self)), self.kl_schedule or [""]
         for name in PER_LEVEL:
@@ -160,7 +160,7 @@ PRESETS = {
 
 def adapted(config, channels, resolution, num_classes):
     """A preset for data of another size: its finest level is repeated, or left out."""
-    levels = max(2, resolution.bit_length() - 1)
+    levels = resolution.bit_length() - 1
     lists = {name: getattr(config, name) for name in PER_LEVEL}
     lists = {name: (values[:1] * levels + values)[-levels:] for name, values in lists.items()}
     return replace(config, resolution=resolution, data_channels=channels, num_classes=num_classes, **lists)
@@ -215,7 +215,7 @@ def scaled_(layer, scale=1.0):
 
 class SpectralConv2d(nn.Conv2d):
     """A conv that can tell its kernel's largest singular value (Yoshida & Miyato, 2017), for the penalty."""
-    def __init__(self, c_in, c_out, kernel, scale, penalty=1):
+    def __init__(self, c_in, c_out, kernel, scale, penalty):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         scaled_(self, scale).penalty = penalty
         self.register_buffer("u", F.normalize(torch.randn(c_out), dim=0))
@@ -294,17 +294,16 @@ def attention_positions(blocks, layers):
 
 def run_block(config, block, *inputs):
     """block(*inputs); in training with config.recompute, without keeping what happens inside."""
-    keep = not (config.recompute and block.training and torch.is_grad_enabled())
+    keep = not (config.recompute and block.training)
     return block(*inputs) if keep else checkpoint(block, *inputs, use_reentrant=False)
 
 # ---------------------------------------------------------------- the two paths
 class Encoder(nn.Module):
     """Bottom-up path: data (B, C, H, W) -> the features of every level, finest first."""
-    def __init__(self, config):
+    def __init__(self, config, label_dim):
         super().__init__()
         self.config = config
         sides, widths = resolutions(config), [config.encoder_width * m for m in config.mult]
-        label_dim = config.width * config.mult[-1] if config.num_classes else 0
         scale = 1 / math.sqrt(sum(config.encoder_layers))
         self.in_proj = conv(config.data_channels, widths[0], 3)
         self.levels = nn.ModuleList()
@@ -387,7 +386,7 @@ class LVAE(nn.Module):
         label_dim = widths[-1] if config.num_classes else 0
         scale = 1 / math.sqrt(sum(config.groups))
         self.embedding = nn.Embedding(config.num_classes + 1, label_dim) if label_dim else None  # + "none"
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, label_dim)
         if config.upsample:
             self.low_res_proj = conv(config.data_channels, widths[-1])
         else:
@@ -416,7 +415,7 @@ class LVAE(nn.Module):
         if config.upsample and low_res is None:
             low_res = shrink(x, config)
         true_label = self._embed(label, n)
-        evidence = self.encoder(x, true_label), true_label
+        evidence = [(features, true_label) for features in reversed(self.encoder(x, true_label))]
         label = self._embed(label, n, drop_label)
         mean, logvar, latents = self._top_down(n, label, noise, low_res, evidence)
         kl = torch.stack([gaussian_kl(l.posterior, l.prior).sum((1, 2, 3)) for l in latents])   # (L, B)
@@ -435,23 +434,21 @@ class LVAE(nn.Module):
     def generate(self, noise=None, label=None, n=None, mean_guidance=0.0, variance_guidance=0.0,
                  temperature=1.0, low_res=None, size=None):
         """Samples: the mean of p(x|z), z from the prior. (n, C, H, W), normalised data.
-        noise: L whitened eps (B, z, h, w), top-down; None, or None for some groups, draws them: a prefix of
-            `encode(x)`, then None, keeps what the first groups say of x. An entry may be a function of the
-            group's prior: `lambda prior: whiten(z, prior)` imposes z (at temperature 1).
+        noise: L whitened eps (B, z, h, w), top-down; None, or None for some groups, draws them. An entry may
+            be a function of its group's prior: `lambda prior: whiten(z, prior)` imposes z (temperature 1).
         label: an int, (n,) ints, or None; or (n, label_dim) floats, mixtures of rows of `embedding`.
         mean_guidance, variance_guidance: w_mu, w_sigma of Eq. 2, a number, or one per level, coarsest first.
         n: how many, if nothing else says so. temperature: multiplies every prior's std. low_res (n, C, H/f,
-            W/f): an upsampler's input. size (H, W): of the data, by default as the noise says."""
+            W/f): an upsampler's input. size (H, W): of the data, if another than in training."""
         label = None if label is None else torch.as_tensor(label)
         given = [t for t in (*(noise or ()), label, low_res) if torch.is_tensor(t) and t.ndim]
         n = n or (len(given[0]) if given else 1)
-        weights = [w if isinstance(w, (list, tuple)) else [w] * len(self.levels)
-                   for w in (mean_guidance, variance_guidance)]
-        if any(len(w) != len(self.levels) for w in weights):
-            raise ValueError(f"guidance takes a number, or one per level: {len(self.levels)}")
+        levels, asked = len(self.levels), (mean_guidance, variance_guidance)
+        weights = [w if isinstance(w, (list, tuple)) else [w] * levels for w in asked]
         guidance = list(zip(*weights)) if any(map(any, weights)) else None  # a pair per level
-        if guidance and (label is None or not (self.config.num_classes and self.config.hierarchical_prior)):
-            raise ValueError("guidance needs a class-conditional model, a hierarchical prior, and a label")
+        possible = self.config.num_classes and self.config.hierarchical_prior and label is not None
+        if guidance and not (possible and all(len(w) == levels for w in weights)):
+            raise ValueError("guidance needs classes, a hierarchical prior, a label; a weight, or one per level")
         label = self._embed(label, n)
         if guidance is not None:
             label = torch.cat([label, self.embedding.weight[-1:].expand(n, -1)])
@@ -465,35 +462,27 @@ class LVAE(nn.Module):
         return [shape for shape, count in zip(shapes, self.config.groups[::-1]) for _ in range(count)]
 
     def _top_down(self, n, label, noise, low_res, evidence=None, guidance=None, temperature=1.0, size=None):
-        """The one top-down path. Posterior if there is evidence (features, label), else prior."""
-        config, r = self.config, self.config.resolution
-        noise = [None] * sum(config.groups) if noise is None else list(noise)
-        wide = [[r * s // h for s in eps.shape[2:]] for eps, (_, h, _) in zip(noise, self.latent_shapes())
-                if torch.is_tensor(eps) and h > 1]
-        size = size or (wide or [(r, r)])[0]  # a given noise tells the size of its data
-        shapes = self.latent_shapes(size)
-        if len(noise) != len(shapes):
-            raise ValueError(f"noise has {len(noise)} entries, expected one per group: {len(shapes)}")
-        given = [(eps, shape) for eps, shape in zip(noise, shapes) if torch.is_tensor(eps)]
-        if config.upsample:
-            given.append((low_res, (config.data_channels, *(s // config.upsample for s in size))))
-        for tensor, shape in given:
-            if tensor is None or tensor.shape != (n, *shape):
-                raise ValueError(f"noise or low_res {getattr(tensor, 'shape', None)}, expected {(n, *shape)}")
+        """The one top-down path. Posterior if there is evidence, per level (features, label), else prior."""
+        config, shapes = self.config, [(n, *shape) for shape in self.latent_shapes(size)]
+        noise = noise or [None] * len(shapes)
+        fits = [eps.shape == shape for eps, shape in zip(noise, shapes) if torch.is_tensor(eps)]
+        if len(noise) != len(shapes) or not all(fits):
+            raise ValueError(f"noise: expected one per group, {shapes}")
+        expected = n, config.data_channels, *shapes[0][2:]     # (B, C, H/f, W/f)
+        if config.upsample and getattr(low_res, "shape", None) != expected:
+            raise ValueError(f"low_res: expected {expected}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
         if guidance is not None:
             x = torch.cat([x, x])  # two streams: with and without the label
-        latents = []
-        for level, layers in enumerate(self.levels):
-            seen = None if evidence is None else (evidence[0][-1 - level], evidence[1])
-            weights = None if guidance is None else guidance[level]
+        latents, nothing = [], [None] * len(self.levels)
+        for layers, seen, weights in zip(self.levels, evidence or nothing, guidance or nothing):
             for layer in layers:
                 if isinstance(layer, TopDownBlock):
                     eps = noise[len(latents)]
                     x, latent = run_block(config, layer, x, label, eps, seen, weights, temperature)
                     latents.append(latent)
                 elif isinstance(layer, Resample):
-                    x = layer(x, [s * self.sides[level + 1] // r for s in size])
+                    x = layer(x, shapes[len(latents)][2:])     # the size of the next group
                 else:
                     x = layer(x)                               # (B, c, h, w)
         mean, logvar = self.out_proj(x)[:n].float().chunk(2, dim=1)          # (B, C, H, W)
@@ -568,7 +557,6 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     batches: config.accumulate tuples of `forward`'s arguments; dtype: of the convs, float32 or bfloat16;
     average(tensors) puts their mean over all processes into them. Returns named statistics."""
     config, device = model.config, batches[0][0].device
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad()
     parts = []
     for batch in batches:
@@ -593,11 +581,9 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
         with torch.no_grad():
             for mine, current in zip(ema.parameters(), model.parameters()):
                 mine.lerp_(current, weight)
-            for mine, current in zip(ema.buffers(), model.buffers()):
-                mine.copy_(current)
-    else:
-        for buffer, value in before:
-            buffer.copy_(value)
+    source, target = (model, ema) if good else (ema, model)  # ema holds the buffers of the last good step
+    for old, new in zip(target.buffers(), source.buffers()):
+        old.copy_(new)
     stats = Loss(*(torch.stack(values).mean(0) for values in zip(*parts)))
     return stats._asdict() | {"grad_norm": norm, "skipped": not good, "lr": rate}
 
