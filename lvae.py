@@ -448,7 +448,7 @@ class LVAE(nn.Module):
         guidance = list(zip(*weights)) if any(map(any, weights)) else None  # a pair per level
         possible = self.config.num_classes and self.config.hierarchical_prior and label is not None
         if guidance and not (possible and all(len(w) == levels for w in weights)):
-            raise ValueError("guidance needs classes, a hierarchical prior, a label; a weight, or one per level")
+            raise ValueError("guidance needs classes, a hierarchical prior, a label; weights: 1 or per level")
         label = self._embed(label, n)
         if guidance is not None:
             label = torch.cat([label, self.embedding.weight[-1:].expand(n, -1)])
