@@ -23,7 +23,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, namedtuple
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -323,6 +323,15 @@ def require(condition, problem):
     if not condition:
         raise LoadError(problem)
 
+@contextmanager
+def explained(problem):
+    """Whatever goes wrong inside becomes a LoadError: the problem, and in brackets its cause."""
+    try:
+        yield
+    except Exception as e:  # of a broken file, a library, a device, the network
+        cause = printable(str(e).replace("\n\t", " ")[:300]) or type(e).__name__
+        raise LoadError(f"{problem} ({cause})") from None
+
 class Inert:
     """What a file makes of a class or function that torch does not know. It holds nothing."""
     def __new__(cls, *ignored):
@@ -505,14 +514,11 @@ def architecture(state):
 
 def fill(make, state, source):
     """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises LoadError."""
-    try:
+    with explained(f"{source}: not a model that we know"):
         with torch.device("meta"):  # shapes only
             module = make()
         copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
         module.load_state_dict(copies, assign=True)
-    except Exception as e:  # a configuration or tensors that no model has
-        problem = printable(str(e).replace("\n\t", " ")[:250])
-        raise LoadError(f"{source}: not a model that we know ({type(e).__name__}: {problem})") from None
     return module.eval()
 
 def from_state(state, source="state_dict"):
@@ -535,7 +541,7 @@ def local(name):
     path = os.path.join(folder, file)
     if os.path.isfile(path):
         return path
-    try:
+    with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             print(f"{name}: downloading {address}", file=sys.stderr)
@@ -544,8 +550,6 @@ def local(name):
             weights = unpack(came, temporary)
             read(weights)  # only what can be used is kept
             os.replace(weights, path)
-    except Exception as e:  # of the network, the disk, or what came
-        raise LoadError(f"{name} could not be downloaded ({e}): get {address} as it is, as {path}") from None
     return path
 
 def load(path):

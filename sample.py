@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import at_least, cli, require, to_tensor, to_uint8
-from train import (asked_to_stop, autoencoder_of, explained, image_files, list_images, load_checkpoint,
+from dae import at_least, cli, explained, require, to_tensor, to_uint8
+from train import (asked_to_stop, autoencoder_of, image_files, list_images, load_checkpoint,
                    open_images, place, relabel, save_picture, say, setup, world)
 
 # ---------------------------------------------------------------- the model

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import cli, printable, require, to_tensor, to_uint8
+from dae import cli, explained, printable, require, to_tensor, to_uint8
 from lvae import knob
 
 @dataclass(frozen=True)
@@ -587,15 +587,6 @@ def claim(out):
         log.seek(0)
         log.truncate(log.read().rfind(b"\n") + 1)  # a kill may have torn its last line
     return log
-
-@contextlib.contextmanager
-def explained(problem):
-    """Whatever goes wrong inside becomes a ValueError of one line: the problem, and in brackets its cause."""
-    try:
-        yield
-    except Exception as e:  # of a broken file, a library, a device
-        cause = " ".join(str(e).split())[:300] or type(e).__name__
-        raise daes.LoadError(f"{problem} ({cause})") from None
 
 # ---------------------------------------------------------------- devices and processes
 def setup(name="auto", precision="auto"):
