@@ -22,7 +22,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections import Counter, OrderedDict, namedtuple
+from collections import Counter, OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -437,8 +437,9 @@ def contents(path):
     return content
 
 def read(path):
-    """What a file of weights holds (.safetensors, any torch.save's, or one in a zip), as plain containers and
-    CPU tensors, views of the mapped file: copy what is to be kept. Raises LoadError."""
+    """What a file of weights holds (.safetensors, any torch.save's, or one in a zip; or what is published
+    under this name): plain containers and CPU tensors, views of the mapped file. Raises LoadError."""
+    path = local(path)
     try:
         require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
         temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -477,10 +478,9 @@ def to_diffusers(state):
                 for name, value in state.items()}
     return translate(matrices, DIFFUSERS)
 
-Found = namedtuple("Found", "state told")  # tensors in latent diffusion's names; which they are, for people
-
 def find(content, source):
-    """The autoencoder in what `read` returned, in any wrapping and naming, as Found. Raises LoadError."""
+    """The autoencoder in what `read` returned, in any wrapping and naming: its tensors in latent diffusion's
+    names, and which they are, for people. Raises LoadError."""
     tensors = {".".join(str(getattr(part, "key", part)) for part in path): leaf
                for path, leaf in tree_leaves_with_path(content)
                if torch.is_tensor(leaf) and leaf.is_floating_point()}
@@ -496,7 +496,7 @@ def find(content, source):
         naming = "diffusers'"
     state = {name: value[:, :, None, None] if ".attn" in name and value.ndim == 2 else value
              for name, value in state.items()}  # matrices in diffusers
-    return Found(state, f"names: {naming}, after {prefix!r}; left out: {dict(dropped.most_common(20))}")
+    return state, f"names: {naming}, after {prefix!r}; left out: {dict(dropped.most_common(20))}"
 
 def architecture(state):
     """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
@@ -555,8 +555,7 @@ def local(name):
 def load(path):
     """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
     VQModel), the paper's pipelines or train.py, told apart by content. Raises LoadError."""
-    path = local(path)
-    ae, beside = from_state(find(read(path), path).state, path), Path(path).with_name("config.json")
+    ae, beside = from_state(find(read(path), path)[0], path), Path(local(path)).with_name("config.json")
     text = beside.read_text(errors="replace") if beside.is_file() else ""  # diffusers', perhaps
     require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
     return ae
@@ -605,7 +604,7 @@ def diffusers_config(config):
 
 def info(path):
     """Say what a file is, in a few lines."""
-    ae, (state, told) = load(path), find(read(local(path)), path)
+    ae, (state, told) = load(path), find(read(path), path)
     fields = architecture(state)
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
     types = ", ".join({str(value.dtype).removeprefix("torch.") for value in state.values()})

@@ -521,7 +521,6 @@ def save_checkpoint(path, facts, parts):
 def load_checkpoint(path):
     """A checkpoint.pt or a pipeline of the authors (a file, or church, bedroom, imagenet: downloaded) -> a
     dict: config (lvae.Config), ema, dae, classes, dataset, run, step; ours also model, optimizer, skipped."""
-    path = daes.local(path)
     state = daes.read(path)
     with explained(f"{path}: not a checkpoint of train.py's second stage, nor a pipeline of the paper"):
         state = {"run": {}, "step": 0, "dataset": None} | state
@@ -540,7 +539,7 @@ def released_checkpoint(state, path):
             like = lvae.LVAE(preset).state_dict()
         if {name: value.shape for name, value in like.items()} == {k: v.shape for k, v in ema.items()}:
             return {"config": asdict(replace(preset, attention="released")), "ema": ema, "classes": [],
-                    "dae": daes.find(state, path).state, "dataset": dataset}
+                    "dae": daes.find(state, path)[0], "dataset": dataset}
 
 @torch.no_grad()
 def resume(start, parts, path):
