@@ -31,8 +31,8 @@ from tqdm import tqdm
 import dae as daes
 import lvae
 from dae import at_least, cli, explained, require, to_tensor, to_uint8
-from train import (asked_to_stop, autoencoder_of, image_files, list_images, load_checkpoint,
-                   open_images, place, relabel, save_picture, say, setup, world)
+from train import (Images, asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images, place,
+                   read_image, relabel, save_picture, say, setup, world)
 
 # ---------------------------------------------------------------- the model
 class Sampler:
@@ -76,8 +76,7 @@ class Sampler:
 
     def draw(self, seed, numbers, label, **guidance):
         """Samples `numbers` of a seed -> uint8 (B, H, W, 3)."""
-        label, up = self.known(label), self.upsampler
-        images = self.images(self.noise(seed, numbers), label, **guidance)
+        images, up = self.images(self.noise(seed, numbers), label, **guidance), self.upsampler
         if up:
             images = up.images(up.noise((seed, 1), numbers), label, low_res=up.latents(images))
         return images
@@ -165,9 +164,10 @@ def even_labels(classes, n):
     """n labels, as evenly of the classes as can be, in their order: (N,)."""
     return np.array(classes)[np.sort(np.arange(n) % len(classes))]
 
-def draw_all(sampler, args, labels, weights):
-    """(Numbers, uint8 images) of every batch of samples with labels (N,); under torchrun, of a share."""
-    (rank, count), n = world(), len(labels)
+def draw_all(sampler, args, labels):
+    """(Numbers, uint8 images) of every batch of samples with labels (N,), guided as asked for; under
+    torchrun, of a share."""
+    (rank, count), n, weights = world(), len(labels), guidance(sampler, args)
     starts = range(0, n, args.batch)[rank::count]
     for start in tqdm(starts, desc="sampling", unit="batch", disable=n <= args.batch or rank > 0):
         numbers = np.arange(start, min(start + args.batch, n))
@@ -184,31 +184,27 @@ def batches(images, batch, limit=None):
             yield list(good), list(good.values())
     require(len(images.bad) < n, "no usable image")
 
-def find_images(sampler, path):
-    """The images of --data, or of the data that the model was trained on."""
-    path = sampler.data if path is None else path
+def find_images(sampler, args):
+    """The images of the files and folders named, or of --data, or of what the model was trained on."""
+    if "images" in args:
+        files = [file for path in args.images for file in list_images(path) or [path]]
+        return Images(files, lambda i: read_image(files[i], sampler.size))
+    path = sampler.data if args.data is None else args.data
     require(path is not None, "name a folder of images with --data ('toy' is the built-in scenes)")
     return open_images(path, sampler.size)
 
-def find_photos(sampler, paths):
-    """The images of files and folders."""
-    files = []
-    for path in paths:
-        files += [os.path.join(path, name) for name, *_ in list_images(path)] or [path]
-    return image_files(files, sampler.size)
-
-def encoded(sampler, images, batch, text=None, limit=None):
-    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches, as in `batches`. The class is what `text`
+def encoded(sampler, args):
+    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches of images. The class is what --label
     names, one or one per image, else the sub-folder (a model without names takes them in order), else the
     likeliest."""
-    count = sampler.config.num_classes
-    if count and text:
-        images.labels[:] = sampler.labels(text)
+    images, count = find_images(sampler, args), sampler.config.num_classes
+    if count and args.label:
+        images.labels[:] = sampler.labels(args.label)
     elif count and images.classes and (sampler.folders or len(images.classes) != count):
         relabel(images, sampler.folders, "without --label")
-    for rows, some in batches(images, batch, limit):
+    for rows, some in batches(images, args.batch, getattr(args, "n", None)):
         x, labels = sampler.latents(some), images.labels[rows]
-        if count and not (text or images.classes):
+        if count and not (args.label or images.classes):
             labels = [likeliest(sampler, latent) for latent in x]
         yield some, x, torch.as_tensor(labels, device=sampler.device)
 
@@ -229,7 +225,7 @@ def save_grid(path, what, rows, **names):
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
     """Draw samples: a grid to look at, or an .npz for metrics, or both."""
-    weights, classes, size = guidance(sampler, args), sampler.labels(args.label), sampler.out_size
+    classes, size = sampler.labels(args.label), sampler.out_size
     if not (args.n or args.label):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
@@ -237,7 +233,7 @@ def generate(sampler, args):
     # Samples are kept shuffled: the Inception Score is taken over consecutive parts of an .npz.
     row = np.random.default_rng(args.seed).permutation(n)
     with shared_array(f"{args.npz or out}.images.tmp", (n, size, size, 3)) as array:
-        for numbers, images in draw_all(sampler, args, labels, weights):
+        for numbers, images in draw_all(sampler, args, labels):
             array[row[numbers]] = images
         asked_to_stop()  # all processes wait here
         if world()[0]:
@@ -280,7 +276,7 @@ def reconstruct(sampler, args):
     kept = {"+ LVAE": total} | {f"first {k} of {total}": k for k in args.groups or ()}
     require(max(kept.values()) == total, f"--groups: this model has {total} latent groups")
     rows = {name: [] for name in ("original", "autoencoder", *kept)}
-    for images, x, label in encoded(sampler, find_photos(sampler, args.images), args.batch, args.label):
+    for images, x, label in encoded(sampler, args):
         low_res, first = lvae.shrink(x, config) if config.upsample else None, len(rows["original"])
         noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, range(first, first + len(x)))
         rows["original"].extend(images)
@@ -292,8 +288,8 @@ def reconstruct(sampler, args):
 def interpolate(sampler, args):
     """Figure 5: a path between images through whitened noise; the ends are their reconstructions. The
     label's embedding moves along. With a hierarchical prior this is Section 5.2's future work."""
-    pair, x, label = next(encoded(sampler, find_photos(sampler, args.images), 3, args.label))
-    require(len(pair) == 2, "expected two usable images")
+    pair, x, label = next(encoded(sampler, args))
+    require(len(pair) == 2, "expected two usable images, and a --batch that holds them")
     ends, steps = sampler.posterior(x, label), torch.linspace(0, 1, args.steps, device=x.device)
     if sampler.config.num_classes:
         ends.append(sampler.model.embedding(label))  # (2, label_dim)
@@ -322,9 +318,10 @@ def manifold(sampler, args):
     save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
-    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise."""
+    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise. Of many
+    images the first --batch."""
     size = sampler.config.resolution, sampler.config.resolution * args.width
-    images, x, label = next(encoded(sampler, find_photos(sampler, [args.image]), 1, args.label))
+    images, x, label = next(encoded(sampler, args))
     latents = sampler.infer(x, label).latents
 
     def around(z, fresh, prior):
@@ -332,11 +329,11 @@ def outpaint(sampler, args):
         here = np.s_[:, :, :, :z.shape[3]]  # all of a 1x1 group
         fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
         return fresh
-    fresh = sampler.noise(args.seed, [0], size)
+    fresh = sampler.noise(args.seed, range(len(x)), size)
     noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
-    row = [*images, *sampler.images(noise, label, size=size)]
-    what = f"{row[1].shape[1]}x{row[1].shape[0]} pixels"
-    save_grid(args.out, what, [row], column_names=["image", "outpainted"])
+    wide = sampler.images(noise, label, size=size)  # (B, H, W, 3)
+    what = f"{wide.shape[2]}x{wide.shape[1]} pixels"
+    save_grid(args.out, what, list(zip(images, wide)), column_names=["image", "outpainted"])
 
 # ---------------------------------------------------------------- the rate of every group
 def rates(sampler, args):
@@ -344,7 +341,7 @@ def rates(sampler, args):
     negative ELBO; active channels, whose mean KL is above 0.01 nats."""
     config, kl, distortion, count = sampler.config, 0, 0.0, 0
     torch.manual_seed(args.seed)
-    for _, x, label in encoded(sampler, find_images(sampler, args.data), args.batch, args.label, args.n):
+    for _, x, label in encoded(sampler, args):
         out = sampler.infer(x, label, draw=True)
         kl, count = kl + len(x) * channel_kl(out), count + len(x)  # (L, z)
         distortion += float(lvae.distortions(out, x, config).sum())
@@ -447,17 +444,17 @@ def statistics(path, network, batch, size):
         require(fits, f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
-def made(sampler, args, weights):
+def made(sampler, args):
     """Batches of samples, or of what the autoencoder, alone or with the LVAE, makes of --data."""
-    if not args.reconstruct:
-        labels = even_labels(sampler.labels(args.label), args.n)
-        labels = np.random.default_rng(args.seed).permutation(labels)  # the Inception Score goes by parts
-        yield from (images for _, images in draw_all(sampler, args, labels, weights))
-        return
-    alone, images = args.reconstruct == "autoencoder", find_images(sampler, args.data)
-    text = "none" if alone else args.label
-    for _, x, label in encoded(sampler, images, args.batch, text, args.n):
-        yield sampler.decode(x) if alone else sampler.images(sampler.posterior(x, label), label)
+    if args.reconstruct == "autoencoder":
+        parts = batches(find_images(sampler, args), args.batch, args.n)
+        return (sampler.decode(sampler.latents(images)) for _, images in parts)
+    if args.reconstruct == "lvae":
+        parts = encoded(sampler, args)
+        return (sampler.images(sampler.posterior(x, label), label) for _, x, label in parts)
+    labels = even_labels(sampler.labels(args.label), args.n)
+    labels = np.random.default_rng(args.seed).permutation(labels)  # the Inception Score goes by parts
+    return (images for _, images in draw_all(sampler, args, labels))
 
 def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
@@ -466,13 +463,12 @@ def evaluate(sampler, args):
     device, size, known, row = setup(args.device)[0], args.image_size, {}, {}
     network = load_network(args.features, device)
     if sampler:
-        weights = guidance(sampler, args)
         size = size or (sampler.size if args.reconstruct else sampler.out_size)
     paths = {args.reference, None if sampler else args.source} - {None}
     for path in sorted(paths, key=lambda path: not path.endswith(".npz")):  # these may tell the folders' side
         known[path] = statistics(path, network, args.batch, size)
         size = size or int(known[path].get("side", 0))
-    found = described(made(sampler, args, weights), network) if sampler else known[args.source]
+    found = described(made(sampler, args), network) if sampler else known[args.source]
     reference = known.get(args.reference, {})
     side = f"images of {found['side']}x{found['side']}, " if "side" in found else ""
     say(f"{args.source}: {side}{len(found['mu'])} features")
@@ -494,15 +490,14 @@ def evaluate(sampler, args):
 
 def neighbors(sampler, args):
     """Figure 8: samples, and the training images nearest to them in latent space, or in features."""
-    weights, images = guidance(sampler, args), find_images(sampler, args.data)
-    labels = even_labels(sampler.labels(args.label), args.n)
+    images, labels = find_images(sampler, args), even_labels(sampler.labels(args.label), args.n)
     network = load_network(args.features, sampler.device) if args.features else None
 
     def features(some):  # (B, D) float64
         if network:
             return torch.from_numpy(network(some)["features"]).double()
         return sampler.latents(some).flatten(1).cpu().double()
-    drawn = np.concatenate([some for _, some in draw_all(sampler, args, labels, weights)])
+    drawn = np.concatenate([some for _, some in draw_all(sampler, args, labels)])
     targets, found, distances = features(drawn), [], []
     for rows, some in batches(images, args.batch):
         found += rows
@@ -600,7 +595,7 @@ positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), 
 picture = functools.partial(writable, (".png", ".jpg", ".webp"))
 table = functools.partial(writable, (".npz",))
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
-    "images": (list, None, "image files, folders"), "image": (str, None, "an image file"),
+    "images": (list, None, "image files, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
     "--mean-guidance": (several(weight), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
     "--variance-guidance": (several(weight), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
@@ -633,7 +628,7 @@ COMMANDS = {  # their options, some with a default of their own
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "images --label --steps=5 --out=interpolation.png",
     manifold: "--label --steps=7 --out=manifold.png",
-    outpaint: "image --label --width --out=outpainted.png",
+    outpaint: "images --label --width --out=outpainted.png",
     rates: "--data --label --n=1000",
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
               "--image-size",

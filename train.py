@@ -388,7 +388,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes: no picture is lost for its te
 
 class Images:
     """Names, open(i), which raises on a bad one, a listing, which changes as files do, labels, classes."""
-    def __init__(self, names, open, listing, labels=None, classes=()):
+    def __init__(self, names, open, listing=None, labels=None, classes=()):
         self.names, self.open, self.listing, self.bad = names, open, listing, set()
         self.labels, self.classes = np.zeros(len(names), int) if labels is None else labels, list(classes)
 
@@ -418,8 +418,10 @@ def open_images(path, size, known=()):
     else:
         files = list_images(path)
         require(files, f"{path}: no image found (expected a folder of .jpg, .png, ... at any depth)")
-        images = image_files([os.path.join(path, name) for name, *_ in files], size, files)
-        parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
+        names, states = [os.path.relpath(file, path) for file in files], map(os.stat, files)
+        listing = [(name, state.st_size, state.st_mtime_ns) for name, state in zip(names, states)]
+        images = Images(files, lambda i: read_image(files[i], size), listing)
+        parents = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
         classes, labels = np.unique(parents, return_inverse=True)
         if "" not in classes and len(classes) > 1:  # all lie in sub-folders, and there are several
             images.classes, images.labels = classes.tolist(), labels
@@ -427,12 +429,8 @@ def open_images(path, size, known=()):
         relabel(images, known, path)
     return images
 
-def image_files(names, size, listing=None):
-    """Files of images, without classes."""
-    return Images(names, lambda i: read_image(names[i], size), listing)
-
 def list_images(path):
-    """(Name, bytes, time) of every image below a folder, sorted; each folder once, and none of a run."""
+    """The files of all images below a folder, sorted; each folder once, and none of a run."""
     endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
     seen, files = set(), []
     for folder, inside, names in os.walk(path, followlinks=True):
@@ -445,9 +443,8 @@ def list_images(path):
         for name in names:
             file = os.path.join(folder, name)
             if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(file):
-                info = os.stat(file)
-                files.append((os.path.relpath(file, path), info.st_size, info.st_mtime_ns))
-    return sorted(files, key=lambda file: file[0].split(os.sep))
+                files.append(file)
+    return sorted(files, key=lambda file: file.split(os.sep))
 
 def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name. Raises ValueError for one that is not there."""
