@@ -230,6 +230,7 @@ def generate(sampler, args):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
     labels, out = even_labels(classes, n), args.out or (None if args.npz else "samples.png")
+    require(not os.path.isdir(args.npz or out), f"{args.npz or out} is a folder: expected a file")
     # Samples are kept shuffled: the Inception Score is taken over consecutive parts of an .npz.
     row = np.random.default_rng(args.seed).permutation(n)
     with shared_array(f"{args.npz or out}.images.tmp", (n, size, size, 3)) as array:
@@ -258,11 +259,12 @@ def shared_array(path, shape):
     """uint8 in a temporary file, which several processes fill: it may be larger than memory."""
     try:
         if world()[0] == 0:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            with open(path, "wb") as file:
-                file.truncate(math.prod(shape))
-                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
-                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            with explained(f"{path}: cannot be written"):
+                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.truncate(math.prod(shape))
+                    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
+                        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         asked_to_stop()  # the others wait until it is there
         yield np.memmap(path, np.uint8, "r+", shape=shape)
     finally:
@@ -577,14 +579,6 @@ def timed(function, budget):
     return timer.blocked_autorange(min_run_time=budget).times
 
 # ---------------------------------------------------------------- command line
-def writable(endings, text):
-    """argparse type: the name of a file to write, refused before the work that would fill it."""
-    folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
-    possible = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(text)
-    if not (possible and text.lower().endswith(endings)):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written, or is no {' or '.join(endings)}")
-    return text
-
 def several(kind):
     """argparse type: A,B,.. -> a list."""
     def values(text):
@@ -592,8 +586,6 @@ def several(kind):
     return values
 
 positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), at_least(-math.inf, float)
-picture = functools.partial(writable, (".png", ".jpg", ".webp"))
-table = functools.partial(writable, (".npz",))
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
     "images": (list, None, "image files, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
@@ -602,8 +594,8 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),
     "--upsampler": (str, None, "checkpoint of an upsampler, to enlarge the samples (Table 1)"),
     "--n": (positive, None, "how many images; under torchrun it is called --samples"),
-    "--out": (picture, None, "the picture, .png, .jpg or .webp"),
-    "--npz": (table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
+    "--out": (str, None, "the picture, .png, .jpg or .webp"),
+    "--npz": (str, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
     "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
     "--width": (positive, 2, "in images"),
@@ -612,7 +604,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--reference": (str, None, ".npz (mu and sigma, or arr_0, or both) or folder of images"),
     "--reconstruct": (("autoencoder", "lvae"), None, "not samples, but what it makes of --data"),
     "--image-size": (positive, None, "side to crop folders' images to (that of the images evaluated)"),
-    "--export": (table, None, ".npz for the statistics, to be a --reference"),
+    "--export": (str, None, ".npz for the statistics, to be a --reference"),
     "--neighbors": (positive, 6, "neighbours of each"), "--seconds": (amount, 5.0, "to time each stage for"),
     "--guided": (bool, True, "with guidance, if the model can"),
     "--train": (positive, None, "also time a training step of so many images: it takes more memory"),
