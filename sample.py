@@ -165,8 +165,7 @@ def even_labels(classes, n):
     return np.array(classes)[np.sort(np.arange(n) % len(classes))]
 
 def draw_all(sampler, args, labels):
-    """(Numbers, uint8 images) of every batch of samples with labels (N,), guided as asked for; under
-    torchrun, of a share."""
+    """(Numbers, uint8 images) of batches of samples with labels (N,); under torchrun, of a share of them."""
     (rank, count), n, weights = world(), len(labels), guidance(sampler, args)
     starts = range(0, n, args.batch)[rank::count]
     for start in tqdm(starts, desc="sampling", unit="batch", disable=n <= args.batch or rank > 0):
@@ -194,9 +193,8 @@ def find_images(sampler, args):
     return open_images(path, sampler.size)
 
 def encoded(sampler, args):
-    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches of images. The class is what --label
-    names, one or one per image, else the sub-folder (a model without names takes them in order), else the
-    likeliest."""
+    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches. A class is what --label says, for all or
+    each, else the sub-folder (in their order if the model knows no names), else the likeliest."""
     images, count = find_images(sampler, args), sampler.config.num_classes
     if count and args.label:
         images.labels[:] = sampler.labels(args.label)
@@ -224,16 +222,16 @@ def save_grid(path, what, rows, **names):
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
-    """Draw samples: a grid to look at, or an .npz for metrics, or both."""
-    classes, size = sampler.labels(args.label), sampler.out_size
+    """Draw samples: a grid to look at, and with --npz all of them, for metrics."""
+    classes, size, path = sampler.labels(args.label), sampler.out_size, args.npz or args.out
+    require(not os.path.isdir(path), f"{path} is a folder: expected a file")
     if not (args.n or args.label):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
-    labels, out = even_labels(classes, n), args.out or (None if args.npz else "samples.png")
-    require(not os.path.isdir(args.npz or out), f"{args.npz or out} is a folder: expected a file")
+    labels = even_labels(classes, n)
     # Samples are kept shuffled: the Inception Score is taken over consecutive parts of an .npz.
     row = np.random.default_rng(args.seed).permutation(n)
-    with shared_array(f"{args.npz or out}.images.tmp", (n, size, size, 3)) as array:
+    with shared_array(f"{path}.images.tmp", (n, size, size, 3)) as array:
         for numbers, images in draw_all(sampler, args, labels):
             array[row[numbers]] = images
         asked_to_stop()  # all processes wait here
@@ -245,14 +243,13 @@ def generate(sampler, args):
             say(f"{args.npz}: {n} samples of {size}x{size} pixels")
         shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
         images, labels = np.array(array[row[shown]]), labels[shown]
-    if not out:
-        return
     ends = np.flatnonzero(np.diff(labels)) + 1  # a row per class, or a square of one class
     names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
     if len(names) == 1:
         columns, names = math.ceil(math.sqrt(len(images))), None
         ends = range(columns, len(images), columns)
-    save_grid(out, f"{len(images)} samples of {size}x{size} pixels", np.split(images, ends), row_names=names)
+    what = f"{len(images)} samples of {size}x{size} pixels"
+    save_grid(args.out, what, np.split(images, ends), row_names=names)
 
 @contextlib.contextmanager
 def shared_array(path, shape):
@@ -320,8 +317,7 @@ def manifold(sampler, args):
     save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
-    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise. Of many
-    images the first --batch."""
+    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise."""
     size = sampler.config.resolution, sampler.config.resolution * args.width
     images, x, label = next(encoded(sampler, args))
     latents = sampler.infer(x, label).latents
@@ -334,7 +330,7 @@ def outpaint(sampler, args):
     fresh = sampler.noise(args.seed, range(len(x)), size)
     noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
     wide = sampler.images(noise, label, size=size)  # (B, H, W, 3)
-    what = f"{wide.shape[2]}x{wide.shape[1]} pixels"
+    what = f"{len(wide)} images of {wide.shape[2]}x{wide.shape[1]} pixels"
     save_grid(args.out, what, list(zip(images, wide)), column_names=["image", "outpainted"])
 
 # ---------------------------------------------------------------- the rate of every group
@@ -616,7 +612,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
-    generate: f"{GUIDED} --upsampler --n --out --npz",
+    generate: f"{GUIDED} --upsampler --n --npz --out=samples.png",
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "images --label --steps=5 --out=interpolation.png",
     manifold: "--label --steps=7 --out=manifold.png",

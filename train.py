@@ -147,12 +147,10 @@ def starting_point(run, options):
     config, npz = start["config"], run.data.endswith(".npz")
     name = run.dae or ("--init's" if start["dae"] else "latents" if npz else config.first_stage)
     require(name == "train" or not options["dae_options"], "--dae-... options are for --dae train")
-    if name == "--init's":
+    if name == "none" and config.first_stage != name:
+        start["config"] = replace(config, first_stage=name, shift=127.5, scale=127.5)
+    if name in ("none", "--init's"):
         return start, autoencoder_of(start, run.init)
-    if name == "none":
-        if config.first_stage != name:
-            config = replace(config, first_stage=name, shift=127.5, scale=127.5)
-        return start | {"config": config}, daes.Identity()
     new = name == "train" or config.first_stage == "none" or start["dae"]  # scale to be measured
     ae = None if name == "train" or npz and not run.dae else daes.load(name)
     return start | {"config": replace(config, first_stage=name, scale=0.0 if new else config.scale)}, ae
