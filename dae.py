@@ -23,7 +23,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -236,11 +236,9 @@ class Discriminator(nn.Sequential):
 
 def perceptual_network(device="cpu"):
     """LPIPS (Zhang et al., 2018), or None where the `lpips` package or its weights cannot be had."""
-    try:
+    with suppress(ImportError, OSError):
         import lpips
         return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
-    except (ImportError, OSError):
-        return None
 
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
     """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
@@ -479,8 +477,7 @@ def to_diffusers(state):
     return translate(matrices, DIFFUSERS)
 
 def find(content, source):
-    """The autoencoder in what `read` returned, in any wrapping and naming: its tensors in latent diffusion's
-    names, and which they are, for people. Raises LoadError."""
+    """What `read` returned -> the autoencoder's tensors in our names, and what they are. Raises LoadError."""
     tensors = {".".join(str(getattr(part, "key", part)) for part in path): leaf
                for path, leaf in tree_leaves_with_path(content)
                if torch.is_tensor(leaf) and leaf.is_floating_point()}

@@ -144,9 +144,15 @@ class Sampler:
 # ---------------------------------------------------------------- what commands share
 def make_sampler(args):
     """The sampler of the command line: of a checkpoint, or, to bench a preset, with random weights."""
-    preset = args.command == "bench" and args.source in lvae.PRESETS
+    state = None
+    if args.command == "bench" and args.source in lvae.PRESETS:
+        config = lvae.PRESETS[args.source]
+        stage = daes.PRESETS.get("small-f4" if config.first_stage == "train" else config.first_stage)
+        state = {"config": config, "dataset": args.source, "run": {}, "classes": [],
+                 "ema": lvae.LVAE(config).state_dict(),
+                 "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
     sampler = Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None),
-                      random_checkpoint(args.source) if preset else None, args.compile)
+                      state, args.compile)
     require(not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
             f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
     return sampler
@@ -537,14 +543,6 @@ def bench(sampler, args):
     for name, (flop, seconds) in costs.items():
         print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%} "
               f"{1 / seconds:10.2f}")
-
-def random_checkpoint(name):
-    """An untrained model of a preset, in the form of a checkpoint."""
-    config = lvae.PRESETS[name]
-    stage = daes.PRESETS.get("small-f4" if config.first_stage == "train" else config.first_stage)
-    return {"config": config, "dataset": name, "run": {}, "classes": [],
-            "ema": lvae.LVAE(config).state_dict(),
-            "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
 
 def updater(sampler, x, label, compile):
     """A training step of the first n samples, by a new model like the sampler's."""

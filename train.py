@@ -412,7 +412,14 @@ def open_images(path, size, known=()):
         names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
         images = Images(names, lambda i: toy(i, size)[0], "toy", labels, BREADTH)
     elif os.path.exists(os.path.join(path, "data.mdb")):
-        images = lmdb_images(path, size)
+        with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
+            import lmdb
+        env = lmdb.open(path, readonly=True, lock=False, readahead=False)
+        with env.begin() as txn:
+            keys = list(txn.cursor().iternext(values=False))
+        images = Images([key.decode(errors="replace") for key in keys],
+                        lambda i: read_image(BytesIO(env.begin().get(keys[i])), size),
+                        os.path.getmtime(os.path.join(path, "data.mdb")))
     else:
         files = list_images(path)
         require(files, f"{path}: no image found (expected a folder of .jpg, .png, ... at any depth)")
@@ -438,10 +445,8 @@ def list_images(path):
             continue
         seen.add(real)
         inside[:] = sorted(name for name in inside if name[0] != ".")
-        for name in names:
-            file = os.path.join(folder, name)
-            if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(file):
-                files.append(file)
+        shown = [name for name in names if name[0] != "." and name.lower().endswith(endings)]
+        files += filter(os.path.isfile, [os.path.join(folder, name) for name in shown])
     return sorted(files, key=lambda file: file.split(os.sep))
 
 def relabel(images, classes, what):
@@ -451,17 +456,6 @@ def relabel(images, classes, what):
             f"{what}: sub-folders are {strange[:1] or 'fewer than two'}, expected classes {classes[:5]} ..")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
-
-def lmdb_images(path, size):
-    """An LSUN LMDB folder: key -> JPEG or WebP bytes."""
-    with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
-        import lmdb
-    env = lmdb.open(path, readonly=True, lock=False, readahead=False)
-    with env.begin() as txn:
-        keys = list(txn.cursor().iternext(values=False))
-    names = [key.decode(errors="replace") for key in keys]
-    return Images(names, lambda i: read_image(BytesIO(env.begin().get(keys[i])), size),
-                  os.path.getmtime(os.path.join(path, "data.mdb")))
 
 def read_image(source, size):
     """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
