@@ -632,13 +632,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
 
-def at_least(low, kind=int):
-    """argparse type: a number from `low` up."""
+def at_least(low, kind=int, several=False):
+    """argparse type: a number from `low` up, or A,B,.. -> a list of them."""
     def number(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} up, not {text}")
-        return value
+        values = [kind(word) for word in (text.split(",") if several else [text])]
+        if not all(low <= value < math.inf for value in values):
+            raise argparse.ArgumentTypeError(f"expected numbers from {low} up, not {text}")
+        return values if several else values[0]
     return number
 
 def cli(main):

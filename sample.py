@@ -573,24 +573,19 @@ def timed(function, budget):
     return timer.blocked_autorange(min_run_time=budget).times
 
 # ---------------------------------------------------------------- command line
-def several(kind):
-    """argparse type: A,B,.. -> a list."""
-    def values(text):
-        return [kind(word) for word in text.split(",")]
-    return values
-
-positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), at_least(-math.inf, float)
+positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
+counts, weights = at_least(1, several=True), at_least(-math.inf, float, several=True)
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
     "images": (list, None, "image files, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
-    "--mean-guidance": (several(weight), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
-    "--variance-guidance": (several(weight), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
+    "--mean-guidance": (weights, None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
+    "--variance-guidance": (weights, None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
     "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),
     "--upsampler": (str, None, "checkpoint of an upsampler, to enlarge the samples (Table 1)"),
     "--n": (positive, None, "how many images; under torchrun it is called --samples"),
     "--out": (str, None, "the picture, .png, .jpg or .webp"),
     "--npz": (str, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
-    "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
+    "--groups": (counts, None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
     "--width": (positive, 2, "in images"),
     "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),

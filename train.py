@@ -414,9 +414,9 @@ def open_images(path, size, known=()):
     elif os.path.exists(os.path.join(path, "data.mdb")):
         with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
             import lmdb
-        env = lmdb.open(path, readonly=True, lock=False, readahead=False)
-        with env.begin() as txn:
-            keys = list(txn.cursor().iternext(values=False))
+            env = lmdb.open(path, readonly=True, lock=False, readahead=False)
+            with env.begin() as txn:
+                keys = list(txn.cursor().iternext(values=False))
         images = Images([key.decode(errors="replace") for key in keys],
                         lambda i: read_image(BytesIO(env.begin().get(keys[i])), size),
                         os.path.getmtime(os.path.join(path, "data.mdb")))
