@@ -57,15 +57,13 @@ class Sampler:
         for module in (self.model, self.dae):
             place(module, self.device, self.dtype).requires_grad_(False)
         self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
-        self.size = self.out_size = self.config.resolution * self.dae.config.f  # of images, in pixels
-        self.upsampler = None
+        self.size = self.config.resolution * self.dae.config.f  # of images, in pixels
+        self.upsampler = Sampler(upsampler, device, precision, compile=compile) if upsampler else None
+        self.out_size = self.upsampler.size if upsampler else self.size  # of what `draw` gives
+        require(not upsampler or self.size * self.upsampler.config.upsample == self.out_size,
+                f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
         if compile:
             self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
-        if upsampler:
-            self.upsampler = Sampler(upsampler, device, precision, compile=compile)
-            self.out_size = self.upsampler.size  # of what `draw` gives
-            fits = self.size * self.upsampler.config.upsample == self.out_size
-            require(fits, f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
 
     def noise(self, seed, numbers, size=None):
         """Whitened noise of samples `numbers`, a list of (B, z, h, w), top-down; a stream each."""
@@ -366,9 +364,8 @@ def rates(sampler, args):
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 def load_network(path, device):
-    """A TorchScript network of uint8 (B, 3, H, W), which gives features, or features and logits, or one with
-    NETWORK's two options -> a function of uint8 (B, H, W, 3), which gives a dict: features (B, D) and, if
-    known, the probabilities of classes (B, K)."""
+    """A TorchScript network that gives features, or features and logits, or has NETWORK's two options -> a
+    function of uint8 (B, H, W, 3) that gives features (B, D) and, if known, class probabilities (B, K)."""
     with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         options = {argument.name for argument in net.forward.schema.arguments}
@@ -416,8 +413,7 @@ def precision_recall(reference, samples, device, k=3):
     return within(b, a), within(a, b)
 
 def described(parts, network):
-    """Batches of images -> what is known of them: features, their moments, class probabilities, and the mean
-    saturation of their colours (HSV)."""
+    """Batches of images -> features, their moments, class probabilities, and the colours' mean saturation."""
     rows, saturation = [], []
     for images in parts:
         top, low = np.max(images, axis=3).astype(float), np.min(images, axis=3)  # (B, H, W)

@@ -458,27 +458,24 @@ def relabel(images, classes, what):
     images.classes = classes
 
 def read_image(source, size):
-    """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
+    """An image (path or file object) -> (size, size, 3) uint8: EXIF-rotated, numbers to 8 bits as README
+    says, transparency over white, short side to `size`, centre cut. Raises OSError."""
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         image.draft("RGB", (2 * size, 2 * size))  # a JPEG decoder skips what shrinking discards
-        return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
-
-def to_rgb(image):
-    """Any Pillow image -> RGB: EXIF-rotated, transparency over white, numbers to 8 bits as README says."""
-    with contextlib.suppress(Exception):  # an EXIF that is none says nothing
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float64)
-        require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")  # NaN
-        whole = (255, 65535) if image.format == "TIFF" and image.tag_v2[258] == (32,) else (65535,)
-        tops = (1, 255, 65535) if image.mode == "F" else whole
-        top = min(top for top in tops if values.max() <= top)
-        image = Image.fromarray((values / top * 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        with contextlib.suppress(Exception):  # an EXIF that is none says nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image, np.float64)
+            require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")
+            whole = (255, 65535) if image.format == "TIFF" and image.tag_v2[258] == (32,) else (65535,)
+            tops = (1, 255, 65535) if image.mode == "F" else whole
+            top = min(top for top in tops if values.max() <= top)
+            image = Image.fromarray((values / top * 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))
 
 # ---------------------------------------------------------------- files
 def save_picture(path, rows, row_names=(), column_names=()):
