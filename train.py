@@ -670,10 +670,8 @@ def parse(argv):
         section = parser.add_argument_group(title, "" if kind is Run else "defaults: the preset's")
         for f in fields(kind):
             number = daes.at_least(f.metadata["low"], type(f.default))
-            more = {"type": {tuple: values, str: str}.get(type(f.default), number),
-                    "choices": choices.get(f.name)}
-            if isinstance(f.default, bool):
-                more = {"action": argparse.BooleanOptionalAction}
+            more = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": values},
+                    str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": number})
             shown = f" ({f.default})" if kind is Run and f.default != "" else ""
             text = f.metadata["help"].replace("%", "%%") + shown
             if f.name != "first_stage":  # decided by --dae
