@@ -118,8 +118,7 @@ class Sampler:
         return torch.as_tensor(label, device=self.device) if known else None
 
     def labels(self, text):
-        """A class, or several by commas, each a name, its unique beginning, a number, or 'none'. None: all
-        (of a model without classes [0]). Raises ValueError."""
+        """Classes by commas, each a name, its unique beginning, a number, or 'none' -> numbers; None: all."""
         count, labels = self.config.num_classes, []
         if not text:
             return list(range(count or 1))
@@ -624,9 +623,8 @@ def main(argv=None):
                          "folder or toy; to bench also a preset")
         for name, _, special in (word.partition("=") for word in f"{options} {COMMON}".split()):
             kind, default, text = OPTIONS[name]
-            more = {"choices" if isinstance(kind, tuple) else "type": kind}
-            if kind in (bool, list):
-                more = {"action": argparse.BooleanOptionalAction} if kind is bool else {"nargs": "+"}
+            more = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(
+                kind, {"choices" if isinstance(kind, tuple) else "type": kind})
             default = special or default
             text = f"{text} ({default})" if default else text
             alias = ["--samples"] if name == "--n" else []  # torchrun takes --n for an option of its own

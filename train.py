@@ -657,8 +657,7 @@ def asked_to_stop():
 # ---------------------------------------------------------------- command line
 def values(text):
     """argparse type: A,B,.. -> a tuple of ints, floats or words."""
-    words = filter(None, text.split(","))
-    return tuple(json.loads(word) if word[-1].isdigit() else word for word in words)
+    return tuple(json.loads(word) if word[-1].isdigit() else word for word in text.split(",") if word)
 
 def parse(argv):
     """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
