@@ -435,8 +435,8 @@ def contents(path):
     return content
 
 def read(path):
-    """What a file of weights holds (.safetensors, any torch.save's, or one in a zip; or what is published
-    under this name): plain containers and CPU tensors, views of the mapped file. Raises LoadError."""
+    """What a file of weights, or what is published by a name, holds: plain containers and CPU tensors, views
+    of the mapped file: copy what is to be kept. Raises LoadError."""
     path = local(path)
     try:
         require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
