@@ -22,8 +22,8 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections import Counter, OrderedDict, namedtuple
-from contextlib import nullcontext
+from collections import Counter, OrderedDict
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -236,11 +236,9 @@ class Discriminator(nn.Sequential):
 
 def perceptual_network(device="cpu"):
     """LPIPS (Zhang et al., 2018), or None where the `lpips` package or its weights cannot be had."""
-    try:
+    with suppress(ImportError, OSError):
         import lpips
         return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
-    except (ImportError, OSError):
-        return None
 
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
     """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
@@ -322,6 +320,15 @@ class LoadError(ValueError):
 def require(condition, problem):
     if not condition:
         raise LoadError(problem)
+
+@contextmanager
+def explained(problem):
+    """Whatever goes wrong inside becomes a LoadError: the problem, and in brackets its cause."""
+    try:
+        yield
+    except Exception as e:  # of a broken file, a library, a device, the network
+        cause = printable(str(e).replace("\n\t", " ")[:300]) or type(e).__name__
+        raise LoadError(f"{problem} ({cause})") from None
 
 class Inert:
     """What a file makes of a class or function that torch does not know. It holds nothing."""
@@ -428,8 +435,9 @@ def contents(path):
     return content
 
 def read(path):
-    """What a file of weights holds (.safetensors, any torch.save's, or one in a zip), as plain containers and
-    CPU tensors, views of the mapped file: copy what is to be kept. Raises LoadError."""
+    """What a file of weights, or what is published by a name, holds: plain containers and CPU tensors, views
+    of the mapped file: copy what is to be kept. Raises LoadError."""
+    path = local(path)
     try:
         require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
         temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -468,10 +476,8 @@ def to_diffusers(state):
                 for name, value in state.items()}
     return translate(matrices, DIFFUSERS)
 
-Found = namedtuple("Found", "state told")  # tensors in latent diffusion's names; which they are, for people
-
 def find(content, source):
-    """The autoencoder in what `read` returned, in any wrapping and naming, as Found. Raises LoadError."""
+    """What `read` returned -> the autoencoder's tensors in our names, and what they are. Raises LoadError."""
     tensors = {".".join(str(getattr(part, "key", part)) for part in path): leaf
                for path, leaf in tree_leaves_with_path(content)
                if torch.is_tensor(leaf) and leaf.is_floating_point()}
@@ -487,7 +493,7 @@ def find(content, source):
         naming = "diffusers'"
     state = {name: value[:, :, None, None] if ".attn" in name and value.ndim == 2 else value
              for name, value in state.items()}  # matrices in diffusers
-    return Found(state, f"names: {naming}, after {prefix!r}; left out: {dict(dropped.most_common(20))}")
+    return state, f"names: {naming}, after {prefix!r}; left out: {dict(dropped.most_common(20))}"
 
 def architecture(state):
     """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
@@ -505,14 +511,11 @@ def architecture(state):
 
 def fill(make, state, source):
     """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises LoadError."""
-    try:
+    with explained(f"{source}: not a model that we know"):
         with torch.device("meta"):  # shapes only
             module = make()
         copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
         module.load_state_dict(copies, assign=True)
-    except Exception as e:  # a configuration or tensors that no model has
-        problem = printable(str(e).replace("\n\t", " ")[:250])
-        raise LoadError(f"{source}: not a model that we know ({type(e).__name__}: {problem})") from None
     return module.eval()
 
 def from_state(state, source="state_dict"):
@@ -535,7 +538,7 @@ def local(name):
     path = os.path.join(folder, file)
     if os.path.isfile(path):
         return path
-    try:
+    with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             print(f"{name}: downloading {address}", file=sys.stderr)
@@ -544,15 +547,12 @@ def local(name):
             weights = unpack(came, temporary)
             read(weights)  # only what can be used is kept
             os.replace(weights, path)
-    except Exception as e:  # of the network, the disk, or what came
-        raise LoadError(f"{name} could not be downloaded ({e}): get {address} as it is, as {path}") from None
     return path
 
 def load(path):
     """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
     VQModel), the paper's pipelines or train.py, told apart by content. Raises LoadError."""
-    path = local(path)
-    ae, beside = from_state(find(read(path), path).state, path), Path(path).with_name("config.json")
+    ae, beside = from_state(find(read(path), path)[0], path), Path(local(path)).with_name("config.json")
     text = beside.read_text(errors="replace") if beside.is_file() else ""  # diffusers', perhaps
     require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
     return ae
@@ -601,7 +601,7 @@ def diffusers_config(config):
 
 def info(path):
     """Say what a file is, in a few lines."""
-    ae, (state, told) = load(path), find(read(local(path)), path)
+    ae, (state, told) = load(path), find(read(path), path)
     fields = architecture(state)
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
     types = ", ".join({str(value.dtype).removeprefix("torch.") for value in state.values()})
@@ -632,13 +632,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
 
-def at_least(low, kind=int):
-    """argparse type: a number from `low` up."""
+def at_least(low, kind=int, several=False):
+    """argparse type: a number from `low` up, or A,B,.. -> a list of them."""
     def number(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} up, not {text}")
-        return value
+        values = [kind(word) for word in (text.split(",") if several else [text])]
+        if not all(low <= value < math.inf for value in values):
+            raise argparse.ArgumentTypeError(f"expected numbers from {low} up, not {text}")
+        return values if several else values[0]
     return number
 
 def cli(main):

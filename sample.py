@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import at_least, cli, require, to_tensor, to_uint8
-from train import (asked_to_stop, autoencoder_of, explained, image_files, list_images, load_checkpoint,
-                   open_images, place, relabel, save_picture, say, setup, world)
+from dae import at_least, cli, explained, require, to_tensor, to_uint8
+from train import (Images, asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images, place,
+                   read_image, relabel, save_picture, say, setup, world)
 
 # ---------------------------------------------------------------- the model
 class Sampler:
@@ -57,15 +57,13 @@ class Sampler:
         for module in (self.model, self.dae):
             place(module, self.device, self.dtype).requires_grad_(False)
         self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
-        self.size = self.out_size = self.config.resolution * self.dae.config.f  # of images, in pixels
-        self.upsampler = None
+        self.size = self.config.resolution * self.dae.config.f  # of images, in pixels
+        self.upsampler = Sampler(upsampler, device, precision, compile=compile) if upsampler else None
+        self.out_size = self.upsampler.size if upsampler else self.size  # of what `draw` gives
+        require(not upsampler or self.size * self.upsampler.config.upsample == self.out_size,
+                f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
         if compile:
             self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
-        if upsampler:
-            self.upsampler = Sampler(upsampler, device, precision, compile=compile)
-            self.out_size = self.upsampler.size  # of what `draw` gives
-            fits = self.size * self.upsampler.config.upsample == self.out_size
-            require(fits, f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
 
     def noise(self, seed, numbers, size=None):
         """Whitened noise of samples `numbers`, a list of (B, z, h, w), top-down; a stream each."""
@@ -76,8 +74,7 @@ class Sampler:
 
     def draw(self, seed, numbers, label, **guidance):
         """Samples `numbers` of a seed -> uint8 (B, H, W, 3)."""
-        label, up = self.known(label), self.upsampler
-        images = self.images(self.noise(seed, numbers), label, **guidance)
+        images, up = self.images(self.noise(seed, numbers), label, **guidance), self.upsampler
         if up:
             images = up.images(up.noise((seed, 1), numbers), label, low_res=up.latents(images))
         return images
@@ -121,8 +118,7 @@ class Sampler:
         return torch.as_tensor(label, device=self.device) if known else None
 
     def labels(self, text):
-        """A class, or several by commas, each a name, its unique beginning, a number, or 'none'. None: all
-        (of a model without classes [0]). Raises ValueError."""
+        """Classes by commas, each a name, its unique beginning, a number, or 'none' -> numbers; None: all."""
         count, labels = self.config.num_classes, []
         if not text:
             return list(range(count or 1))
@@ -145,9 +141,15 @@ class Sampler:
 # ---------------------------------------------------------------- what commands share
 def make_sampler(args):
     """The sampler of the command line: of a checkpoint, or, to bench a preset, with random weights."""
-    preset = args.command == "bench" and args.source in lvae.PRESETS
+    state = None
+    if args.command == "bench" and args.source in lvae.PRESETS:
+        config = lvae.PRESETS[args.source]
+        stage = daes.PRESETS.get("small-f4" if config.first_stage == "train" else config.first_stage)
+        state = {"config": config, "dataset": args.source, "run": {}, "classes": [],
+                 "ema": lvae.LVAE(config).state_dict(),
+                 "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
     sampler = Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None),
-                      random_checkpoint(args.source) if preset else None, args.compile)
+                      state, args.compile)
     require(not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
             f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
     return sampler
@@ -165,9 +167,9 @@ def even_labels(classes, n):
     """n labels, as evenly of the classes as can be, in their order: (N,)."""
     return np.array(classes)[np.sort(np.arange(n) % len(classes))]
 
-def draw_all(sampler, args, labels, weights):
-    """(Numbers, uint8 images) of every batch of samples with labels (N,); under torchrun, of a share."""
-    (rank, count), n = world(), len(labels)
+def draw_all(sampler, args, labels):
+    """(Numbers, uint8 images) of batches of samples with labels (N,); under torchrun, of a share of them."""
+    (rank, count), n, weights = world(), len(labels), guidance(sampler, args)
     starts = range(0, n, args.batch)[rank::count]
     for start in tqdm(starts, desc="sampling", unit="batch", disable=n <= args.batch or rank > 0):
         numbers = np.arange(start, min(start + args.batch, n))
@@ -184,31 +186,26 @@ def batches(images, batch, limit=None):
             yield list(good), list(good.values())
     require(len(images.bad) < n, "no usable image")
 
-def find_images(sampler, path):
-    """The images of --data, or of the data that the model was trained on."""
-    path = sampler.data if path is None else path
+def find_images(sampler, args):
+    """The images of the files and folders named, or of --data, or of what the model was trained on."""
+    if "images" in args:
+        files = [file for path in args.images for file in list_images(path) or [path]]
+        return Images(files, lambda i: read_image(files[i], sampler.size))
+    path = sampler.data if args.data is None else args.data
     require(path is not None, "name a folder of images with --data ('toy' is the built-in scenes)")
     return open_images(path, sampler.size)
 
-def find_photos(sampler, paths):
-    """The images of files and folders."""
-    files = []
-    for path in paths:
-        files += [os.path.join(path, name) for name, *_ in list_images(path)] or [path]
-    return image_files(files, sampler.size)
-
-def encoded(sampler, images, batch, text=None, limit=None):
-    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches, as in `batches`. The class is what `text`
-    names, one or one per image, else the sub-folder (a model without names takes them in order), else the
-    likeliest."""
-    count = sampler.config.num_classes
-    if count and text:
-        images.labels[:] = sampler.labels(text)
+def encoded(sampler, args):
+    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches. A class is what --label says, for all or
+    each, else the sub-folder (in their order if the model knows no names), else the likeliest."""
+    images, count = find_images(sampler, args), sampler.config.num_classes
+    if count and args.label:
+        images.labels[:] = sampler.labels(args.label)
     elif count and images.classes and (sampler.folders or len(images.classes) != count):
         relabel(images, sampler.folders, "without --label")
-    for rows, some in batches(images, batch, limit):
+    for rows, some in batches(images, args.batch, getattr(args, "n", None)):
         x, labels = sampler.latents(some), images.labels[rows]
-        if count and not (text or images.classes):
+        if count and not (args.label or images.classes):
             labels = [likeliest(sampler, latent) for latent in x]
         yield some, x, torch.as_tensor(labels, device=sampler.device)
 
@@ -228,16 +225,17 @@ def save_grid(path, what, rows, **names):
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
-    """Draw samples: a grid to look at, or an .npz for metrics, or both."""
-    weights, classes, size = guidance(sampler, args), sampler.labels(args.label), sampler.out_size
+    """Draw samples: a grid to look at, and with --npz all of them, for metrics."""
+    classes, size, path = sampler.labels(args.label), sampler.out_size, args.npz or args.out
+    require(not os.path.isdir(path), f"{path} is a folder: expected a file")
     if not (args.n or args.label):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
-    labels, out = even_labels(classes, n), args.out or (None if args.npz else "samples.png")
+    labels = even_labels(classes, n)
     # Samples are kept shuffled: the Inception Score is taken over consecutive parts of an .npz.
     row = np.random.default_rng(args.seed).permutation(n)
-    with shared_array(f"{args.npz or out}.images.tmp", (n, size, size, 3)) as array:
-        for numbers, images in draw_all(sampler, args, labels, weights):
+    with shared_array(f"{path}.images.tmp", (n, size, size, 3)) as array:
+        for numbers, images in draw_all(sampler, args, labels):
             array[row[numbers]] = images
         asked_to_stop()  # all processes wait here
         if world()[0]:
@@ -248,25 +246,25 @@ def generate(sampler, args):
             say(f"{args.npz}: {n} samples of {size}x{size} pixels")
         shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
         images, labels = np.array(array[row[shown]]), labels[shown]
-    if not out:
-        return
     ends = np.flatnonzero(np.diff(labels)) + 1  # a row per class, or a square of one class
     names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
     if len(names) == 1:
         columns, names = math.ceil(math.sqrt(len(images))), None
         ends = range(columns, len(images), columns)
-    save_grid(out, f"{len(images)} samples of {size}x{size} pixels", np.split(images, ends), row_names=names)
+    what = f"{len(images)} samples of {size}x{size} pixels"
+    save_grid(args.out, what, np.split(images, ends), row_names=names)
 
 @contextlib.contextmanager
 def shared_array(path, shape):
     """uint8 in a temporary file, which several processes fill: it may be larger than memory."""
     try:
         if world()[0] == 0:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            with open(path, "wb") as file:
-                file.truncate(math.prod(shape))
-                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
-                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            with explained(f"{path}: cannot be written"):
+                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.truncate(math.prod(shape))
+                    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
+                        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         asked_to_stop()  # the others wait until it is there
         yield np.memmap(path, np.uint8, "r+", shape=shape)
     finally:
@@ -280,7 +278,7 @@ def reconstruct(sampler, args):
     kept = {"+ LVAE": total} | {f"first {k} of {total}": k for k in args.groups or ()}
     require(max(kept.values()) == total, f"--groups: this model has {total} latent groups")
     rows = {name: [] for name in ("original", "autoencoder", *kept)}
-    for images, x, label in encoded(sampler, find_photos(sampler, args.images), args.batch, args.label):
+    for images, x, label in encoded(sampler, args):
         low_res, first = lvae.shrink(x, config) if config.upsample else None, len(rows["original"])
         noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, range(first, first + len(x)))
         rows["original"].extend(images)
@@ -292,8 +290,8 @@ def reconstruct(sampler, args):
 def interpolate(sampler, args):
     """Figure 5: a path between images through whitened noise; the ends are their reconstructions. The
     label's embedding moves along. With a hierarchical prior this is Section 5.2's future work."""
-    pair, x, label = next(encoded(sampler, find_photos(sampler, args.images), 3, args.label))
-    require(len(pair) == 2, "expected two usable images")
+    pair, x, label = next(encoded(sampler, args))
+    require(len(pair) == 2, "expected two usable images, and a --batch that holds them")
     ends, steps = sampler.posterior(x, label), torch.linspace(0, 1, args.steps, device=x.device)
     if sampler.config.num_classes:
         ends.append(sampler.model.embedding(label))  # (2, label_dim)
@@ -324,7 +322,7 @@ def manifold(sampler, args):
 def outpaint(sampler, args):
     """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise."""
     size = sampler.config.resolution, sampler.config.resolution * args.width
-    images, x, label = next(encoded(sampler, find_photos(sampler, [args.image]), 1, args.label))
+    images, x, label = next(encoded(sampler, args))
     latents = sampler.infer(x, label).latents
 
     def around(z, fresh, prior):
@@ -332,11 +330,11 @@ def outpaint(sampler, args):
         here = np.s_[:, :, :, :z.shape[3]]  # all of a 1x1 group
         fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
         return fresh
-    fresh = sampler.noise(args.seed, [0], size)
+    fresh = sampler.noise(args.seed, range(len(x)), size)
     noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
-    row = [*images, *sampler.images(noise, label, size=size)]
-    what = f"{row[1].shape[1]}x{row[1].shape[0]} pixels"
-    save_grid(args.out, what, [row], column_names=["image", "outpainted"])
+    wide = sampler.images(noise, label, size=size)  # (B, H, W, 3)
+    what = f"{len(wide)} images of {wide.shape[2]}x{wide.shape[1]} pixels"
+    save_grid(args.out, what, list(zip(images, wide)), column_names=["image", "outpainted"])
 
 # ---------------------------------------------------------------- the rate of every group
 def rates(sampler, args):
@@ -344,7 +342,7 @@ def rates(sampler, args):
     negative ELBO; active channels, whose mean KL is above 0.01 nats."""
     config, kl, distortion, count = sampler.config, 0, 0.0, 0
     torch.manual_seed(args.seed)
-    for _, x, label in encoded(sampler, find_images(sampler, args.data), args.batch, args.label, args.n):
+    for _, x, label in encoded(sampler, args):
         out = sampler.infer(x, label, draw=True)
         kl, count = kl + len(x) * channel_kl(out), count + len(x)  # (L, z)
         distortion += float(lvae.distortions(out, x, config).sum())
@@ -365,9 +363,8 @@ def rates(sampler, args):
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 def load_network(path, device):
-    """A TorchScript network of uint8 (B, 3, H, W), which gives features, or features and logits, or one with
-    NETWORK's two options -> a function of uint8 (B, H, W, 3), which gives a dict: features (B, D) and, if
-    known, the probabilities of classes (B, K)."""
+    """A TorchScript network that gives features, or features and logits, or has NETWORK's two options -> a
+    function of uint8 (B, H, W, 3) that gives features (B, D) and, if known, class probabilities (B, K)."""
     with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         options = {argument.name for argument in net.forward.schema.arguments}
@@ -415,8 +412,7 @@ def precision_recall(reference, samples, device, k=3):
     return within(b, a), within(a, b)
 
 def described(parts, network):
-    """Batches of images -> what is known of them: features, their moments, class probabilities, and the mean
-    saturation of their colours (HSV)."""
+    """Batches of images -> features, their moments, class probabilities, and the colours' mean saturation."""
     rows, saturation = [], []
     for images in parts:
         top, low = np.max(images, axis=3).astype(float), np.min(images, axis=3)  # (B, H, W)
@@ -447,17 +443,17 @@ def statistics(path, network, batch, size):
         require(fits, f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
-def made(sampler, args, weights):
+def made(sampler, args):
     """Batches of samples, or of what the autoencoder, alone or with the LVAE, makes of --data."""
-    if not args.reconstruct:
-        labels = even_labels(sampler.labels(args.label), args.n)
-        labels = np.random.default_rng(args.seed).permutation(labels)  # the Inception Score goes by parts
-        yield from (images for _, images in draw_all(sampler, args, labels, weights))
-        return
-    alone, images = args.reconstruct == "autoencoder", find_images(sampler, args.data)
-    text = "none" if alone else args.label
-    for _, x, label in encoded(sampler, images, args.batch, text, args.n):
-        yield sampler.decode(x) if alone else sampler.images(sampler.posterior(x, label), label)
+    if args.reconstruct == "autoencoder":
+        parts = batches(find_images(sampler, args), args.batch, args.n)
+        return (sampler.decode(sampler.latents(images)) for _, images in parts)
+    if args.reconstruct == "lvae":
+        parts = encoded(sampler, args)
+        return (sampler.images(sampler.posterior(x, label), label) for _, x, label in parts)
+    labels = even_labels(sampler.labels(args.label), args.n)
+    labels = np.random.default_rng(args.seed).permutation(labels)  # the Inception Score goes by parts
+    return (images for _, images in draw_all(sampler, args, labels))
 
 def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
@@ -466,13 +462,12 @@ def evaluate(sampler, args):
     device, size, known, row = setup(args.device)[0], args.image_size, {}, {}
     network = load_network(args.features, device)
     if sampler:
-        weights = guidance(sampler, args)
         size = size or (sampler.size if args.reconstruct else sampler.out_size)
     paths = {args.reference, None if sampler else args.source} - {None}
     for path in sorted(paths, key=lambda path: not path.endswith(".npz")):  # these may tell the folders' side
         known[path] = statistics(path, network, args.batch, size)
         size = size or int(known[path].get("side", 0))
-    found = described(made(sampler, args, weights), network) if sampler else known[args.source]
+    found = described(made(sampler, args), network) if sampler else known[args.source]
     reference = known.get(args.reference, {})
     side = f"images of {found['side']}x{found['side']}, " if "side" in found else ""
     say(f"{args.source}: {side}{len(found['mu'])} features")
@@ -494,15 +489,14 @@ def evaluate(sampler, args):
 
 def neighbors(sampler, args):
     """Figure 8: samples, and the training images nearest to them in latent space, or in features."""
-    weights, images = guidance(sampler, args), find_images(sampler, args.data)
-    labels = even_labels(sampler.labels(args.label), args.n)
+    images, labels = find_images(sampler, args), even_labels(sampler.labels(args.label), args.n)
     network = load_network(args.features, sampler.device) if args.features else None
 
     def features(some):  # (B, D) float64
         if network:
             return torch.from_numpy(network(some)["features"]).double()
         return sampler.latents(some).flatten(1).cpu().double()
-    drawn = np.concatenate([some for _, some in draw_all(sampler, args, labels, weights)])
+    drawn = np.concatenate([some for _, some in draw_all(sampler, args, labels)])
     targets, found, distances = features(drawn), [], []
     for rows, some in batches(images, args.batch):
         found += rows
@@ -545,14 +539,6 @@ def bench(sampler, args):
         print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%} "
               f"{1 / seconds:10.2f}")
 
-def random_checkpoint(name):
-    """An untrained model of a preset, in the form of a checkpoint."""
-    config = lvae.PRESETS[name]
-    stage = daes.PRESETS.get("small-f4" if config.first_stage == "train" else config.first_stage)
-    return {"config": config, "dataset": name, "run": {}, "classes": [],
-            "ema": lvae.LVAE(config).state_dict(),
-            "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
-
 def updater(sampler, x, label, compile):
     """A training step of the first n samples, by a new model like the sampler's."""
     model = place(lvae.LVAE(sampler.config).train(), sampler.device)
@@ -582,34 +568,19 @@ def timed(function, budget):
     return timer.blocked_autorange(min_run_time=budget).times
 
 # ---------------------------------------------------------------- command line
-def writable(endings, text):
-    """argparse type: the name of a file to write, refused before the work that would fill it."""
-    folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
-    possible = folder.is_dir() and os.access(folder, os.W_OK) and not os.path.isdir(text)
-    if not (possible and text.lower().endswith(endings)):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written, or is no {' or '.join(endings)}")
-    return text
-
-def several(kind):
-    """argparse type: A,B,.. -> a list."""
-    def values(text):
-        return [kind(word) for word in text.split(",")]
-    return values
-
-positive, whole, amount, weight = at_least(1), at_least(0), at_least(0, float), at_least(-math.inf, float)
-picture = functools.partial(writable, (".png", ".jpg", ".webp"))
-table = functools.partial(writable, (".npz",))
+positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
+counts, weights = at_least(1, several=True), at_least(-math.inf, float, several=True)
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
-    "images": (list, None, "image files, folders"), "image": (str, None, "an image file"),
+    "images": (list, None, "image files, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
-    "--mean-guidance": (several(weight), None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
-    "--variance-guidance": (several(weight), None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
+    "--mean-guidance": (weights, None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
+    "--variance-guidance": (weights, None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
     "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),
     "--upsampler": (str, None, "checkpoint of an upsampler, to enlarge the samples (Table 1)"),
     "--n": (positive, None, "how many images; under torchrun it is called --samples"),
-    "--out": (picture, None, "the picture, .png, .jpg or .webp"),
-    "--npz": (table, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
-    "--groups": (several(positive), None, "also with only the first k latent groups: one or more k"),
+    "--out": (str, None, "the picture, .png, .jpg or .webp"),
+    "--npz": (str, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
+    "--groups": (counts, None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "generated images, ends included, per axis"),
     "--width": (positive, 2, "in images"),
     "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),
@@ -617,7 +588,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--reference": (str, None, ".npz (mu and sigma, or arr_0, or both) or folder of images"),
     "--reconstruct": (("autoencoder", "lvae"), None, "not samples, but what it makes of --data"),
     "--image-size": (positive, None, "side to crop folders' images to (that of the images evaluated)"),
-    "--export": (table, None, ".npz for the statistics, to be a --reference"),
+    "--export": (str, None, ".npz for the statistics, to be a --reference"),
     "--neighbors": (positive, 6, "neighbours of each"), "--seconds": (amount, 5.0, "to time each stage for"),
     "--guided": (bool, True, "with guidance, if the model can"),
     "--train": (positive, None, "also time a training step of so many images: it takes more memory"),
@@ -629,11 +600,11 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
-    generate: f"{GUIDED} --upsampler --n --out --npz",
+    generate: f"{GUIDED} --upsampler --n --npz --out=samples.png",
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "images --label --steps=5 --out=interpolation.png",
     manifold: "--label --steps=7 --out=manifold.png",
-    outpaint: "image --label --width --out=outpainted.png",
+    outpaint: "images --label --width --out=outpainted.png",
     rates: "--data --label --n=1000",
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
               "--image-size",
@@ -652,9 +623,8 @@ def main(argv=None):
                          "folder or toy; to bench also a preset")
         for name, _, special in (word.partition("=") for word in f"{options} {COMMON}".split()):
             kind, default, text = OPTIONS[name]
-            more = {"choices" if isinstance(kind, tuple) else "type": kind}
-            if kind in (bool, list):
-                more = {"action": argparse.BooleanOptionalAction} if kind is bool else {"nargs": "+"}
+            more = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(
+                kind, {"choices" if isinstance(kind, tuple) else "type": kind})
             default = special or default
             text = f"{text} ({default})" if default else text
             alias = ["--samples"] if name == "--n" else []  # torchrun takes --n for an option of its own

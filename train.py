@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import cli, printable, require, to_tensor, to_uint8
+from dae import cli, explained, printable, require, to_tensor, to_uint8
 from lvae import knob
 
 @dataclass(frozen=True)
@@ -147,12 +147,10 @@ def starting_point(run, options):
     config, npz = start["config"], run.data.endswith(".npz")
     name = run.dae or ("--init's" if start["dae"] else "latents" if npz else config.first_stage)
     require(name == "train" or not options["dae_options"], "--dae-... options are for --dae train")
-    if name == "--init's":
+    if name == "none" and config.first_stage != name:
+        start["config"] = replace(config, first_stage=name, shift=127.5, scale=127.5)
+    if name in ("none", "--init's"):
         return start, autoencoder_of(start, run.init)
-    if name == "none":
-        if config.first_stage != name:
-            config = replace(config, first_stage=name, shift=127.5, scale=127.5)
-        return start | {"config": config}, daes.Identity()
     new = name == "train" or config.first_stage == "none" or start["dae"]  # scale to be measured
     ae = None if name == "train" or npz and not run.dae else daes.load(name)
     return start | {"config": replace(config, first_stage=name, scale=0.0 if new else config.scale)}, ae
@@ -388,7 +386,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes: no picture is lost for its te
 
 class Images:
     """Names, open(i), which raises on a bad one, a listing, which changes as files do, labels, classes."""
-    def __init__(self, names, open, listing, labels=None, classes=()):
+    def __init__(self, names, open, listing=None, labels=None, classes=()):
         self.names, self.open, self.listing, self.bad = names, open, listing, set()
         self.labels, self.classes = np.zeros(len(names), int) if labels is None else labels, list(classes)
 
@@ -414,12 +412,21 @@ def open_images(path, size, known=()):
         names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
         images = Images(names, lambda i: toy(i, size)[0], "toy", labels, BREADTH)
     elif os.path.exists(os.path.join(path, "data.mdb")):
-        images = lmdb_images(path, size)
+        with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
+            import lmdb
+            env = lmdb.open(path, readonly=True, lock=False, readahead=False)
+            with env.begin() as txn:
+                keys = list(txn.cursor().iternext(values=False))
+        images = Images([key.decode(errors="replace") for key in keys],
+                        lambda i: read_image(BytesIO(env.begin().get(keys[i])), size),
+                        os.path.getmtime(os.path.join(path, "data.mdb")))
     else:
         files = list_images(path)
         require(files, f"{path}: no image found (expected a folder of .jpg, .png, ... at any depth)")
-        images = image_files([os.path.join(path, name) for name, *_ in files], size, files)
-        parents = [name.split(os.sep)[0] if os.sep in name else "" for name, *_ in files]
+        names, states = [os.path.relpath(file, path) for file in files], map(os.stat, files)
+        listing = [(name, state.st_size, state.st_mtime_ns) for name, state in zip(names, states)]
+        images = Images(files, lambda i: read_image(files[i], size), listing)
+        parents = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
         classes, labels = np.unique(parents, return_inverse=True)
         if "" not in classes and len(classes) > 1:  # all lie in sub-folders, and there are several
             images.classes, images.labels = classes.tolist(), labels
@@ -427,12 +434,8 @@ def open_images(path, size, known=()):
         relabel(images, known, path)
     return images
 
-def image_files(names, size, listing=None):
-    """Files of images, without classes."""
-    return Images(names, lambda i: read_image(names[i], size), listing)
-
 def list_images(path):
-    """(Name, bytes, time) of every image below a folder, sorted; each folder once, and none of a run."""
+    """The files of all images below a folder, sorted; each folder once, and none of a run."""
     endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
     seen, files = set(), []
     for folder, inside, names in os.walk(path, followlinks=True):
@@ -442,12 +445,9 @@ def list_images(path):
             continue
         seen.add(real)
         inside[:] = sorted(name for name in inside if name[0] != ".")
-        for name in names:
-            file = os.path.join(folder, name)
-            if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(file):
-                info = os.stat(file)
-                files.append((os.path.relpath(file, path), info.st_size, info.st_mtime_ns))
-    return sorted(files, key=lambda file: file[0].split(os.sep))
+        shown = [name for name in names if name[0] != "." and name.lower().endswith(endings)]
+        files += filter(os.path.isfile, [os.path.join(folder, name) for name in shown])
+    return sorted(files, key=lambda file: file.split(os.sep))
 
 def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name. Raises ValueError for one that is not there."""
@@ -457,39 +457,25 @@ def relabel(images, classes, what):
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
-def lmdb_images(path, size):
-    """An LSUN LMDB folder: key -> JPEG or WebP bytes."""
-    with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
-        import lmdb
-    env = lmdb.open(path, readonly=True, lock=False, readahead=False)
-    with env.begin() as txn:
-        keys = list(txn.cursor().iternext(values=False))
-    names = [key.decode(errors="replace") for key in keys]
-    return Images(names, lambda i: read_image(BytesIO(env.begin().get(keys[i])), size),
-                  os.path.getmtime(os.path.join(path, "data.mdb")))
-
 def read_image(source, size):
-    """An image (path or file object) -> (size, size, 3) uint8: short side to `size`, centre cut. OSError."""
+    """An image (path or file object) -> (size, size, 3) uint8: EXIF-rotated, numbers to 8 bits as README
+    says, transparency over white, short side to `size`, centre cut. Raises OSError."""
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         image.draft("RGB", (2 * size, 2 * size))  # a JPEG decoder skips what shrinking discards
-        return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.LANCZOS))
-
-def to_rgb(image):
-    """Any Pillow image -> RGB: EXIF-rotated, transparency over white, numbers to 8 bits as README says."""
-    with contextlib.suppress(Exception):  # an EXIF that is none says nothing
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, np.float64)
-        require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")  # NaN
-        whole = (255, 65535) if image.format == "TIFF" and image.tag_v2[258] == (32,) else (65535,)
-        tops = (1, 255, 65535) if image.mode == "F" else whole
-        top = min(top for top in tops if values.max() <= top)
-        image = Image.fromarray((values / top * 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        with contextlib.suppress(Exception):  # an EXIF that is none says nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image, np.float64)
+            require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")
+            whole = (255, 65535) if image.format == "TIFF" and image.tag_v2[258] == (32,) else (65535,)
+            tops = (1, 255, 65535) if image.mode == "F" else whole
+            top = min(top for top in tops if values.max() <= top)
+            image = Image.fromarray((values / top * 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))
 
 # ---------------------------------------------------------------- files
 def save_picture(path, rows, row_names=(), column_names=()):
@@ -521,7 +507,6 @@ def save_checkpoint(path, facts, parts):
 def load_checkpoint(path):
     """A checkpoint.pt or a pipeline of the authors (a file, or church, bedroom, imagenet: downloaded) -> a
     dict: config (lvae.Config), ema, dae, classes, dataset, run, step; ours also model, optimizer, skipped."""
-    path = daes.local(path)
     state = daes.read(path)
     with explained(f"{path}: not a checkpoint of train.py's second stage, nor a pipeline of the paper"):
         state = {"run": {}, "step": 0, "dataset": None} | state
@@ -540,7 +525,7 @@ def released_checkpoint(state, path):
             like = lvae.LVAE(preset).state_dict()
         if {name: value.shape for name, value in like.items()} == {k: v.shape for k, v in ema.items()}:
             return {"config": asdict(replace(preset, attention="released")), "ema": ema, "classes": [],
-                    "dae": daes.find(state, path).state, "dataset": dataset}
+                    "dae": daes.find(state, path)[0], "dataset": dataset}
 
 @torch.no_grad()
 def resume(start, parts, path):
@@ -587,15 +572,6 @@ def claim(out):
         log.seek(0)
         log.truncate(log.read().rfind(b"\n") + 1)  # a kill may have torn its last line
     return log
-
-@contextlib.contextmanager
-def explained(problem):
-    """Whatever goes wrong inside becomes a ValueError of one line: the problem, and in brackets its cause."""
-    try:
-        yield
-    except Exception as e:  # of a broken file, a library, a device
-        cause = " ".join(str(e).split())[:300] or type(e).__name__
-        raise daes.LoadError(f"{problem} ({cause})") from None
 
 # ---------------------------------------------------------------- devices and processes
 def setup(name="auto", precision="auto"):
@@ -681,8 +657,7 @@ def asked_to_stop():
 # ---------------------------------------------------------------- command line
 def values(text):
     """argparse type: A,B,.. -> a tuple of ints, floats or words."""
-    words = filter(None, text.split(","))
-    return tuple(json.loads(word) if word[-1].isdigit() else word for word in words)
+    return tuple(json.loads(word) if word[-1].isdigit() else word for word in text.split(",") if word)
 
 def parse(argv):
     """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
@@ -694,10 +669,8 @@ def parse(argv):
         section = parser.add_argument_group(title, "" if kind is Run else "defaults: the preset's")
         for f in fields(kind):
             number = daes.at_least(f.metadata["low"], type(f.default))
-            more = {"type": {tuple: values, str: str}.get(type(f.default), number),
-                    "choices": choices.get(f.name)}
-            if isinstance(f.default, bool):
-                more = {"action": argparse.BooleanOptionalAction}
+            more = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": values},
+                    str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": number})
             shown = f" ({f.default})" if kind is Run and f.default != "" else ""
             text = f.metadata["help"].replace("%", "%%") + shown
             if f.name != "first_stage":  # decided by --dae
