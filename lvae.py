@@ -546,6 +546,13 @@ def bits_per_dim(nats, config):
     return nats / (math.log(2) * config.data_channels * config.resolution ** 2)
 
 # ---------------------------------------------------------------- the update
+def place(module, device, dtype=torch.float32):
+    """Move a module to the device, channels-last. dtype: of convs and linear layers; bf16 to infer only."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.to(dtype)
+    return module.to(device) if device.type == "xla" else module.to(device, memory_format=torch.channels_last)
+
 def make_optimizer(model):
     """Adam with the paper's betas (App. B). Its rate is a tensor: on XLA each new number is a new program."""
     rate = torch.full((1,), model.config.lr, device=next(model.parameters()).device)

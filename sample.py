@@ -31,7 +31,7 @@ from tqdm import tqdm
 import dae as daes
 import lvae
 from dae import at_least, cli, explained, require, to_tensor, to_uint8
-from train import (Images, asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images, place,
+from train import (Images, asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images,
                    read_image, relabel, save_picture, say, setup, world)
 
 # ---------------------------------------------------------------- the model
@@ -55,7 +55,7 @@ class Sampler:
         require(self.dae.config.z_channels == self.config.data_channels,
                 f"{path} does not fit its autoencoder of {self.dae.config.z_channels} channels: --dae FILE")
         for module in (self.model, self.dae):
-            place(module, self.device, self.dtype).requires_grad_(False)
+            lvae.place(module, self.device, self.dtype).requires_grad_(False)
         self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
         self.size = self.config.resolution * self.dae.config.f  # of images, in pixels
         self.upsampler = Sampler(upsampler, device, precision, compile=compile) if upsampler else None
@@ -541,7 +541,7 @@ def bench(sampler, args):
 
 def updater(sampler, x, label, compile):
     """A training step of the first n samples, by a new model like the sampler's."""
-    model = place(lvae.LVAE(sampler.config).train(), sampler.device)
+    model = lvae.place(lvae.LVAE(sampler.config).train(), sampler.device)
     ema, adam = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     if compile:
         model.compile(dynamic=False)

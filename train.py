@@ -124,7 +124,7 @@ def train_both(index, run, model_options, dae_options):
     with claim(run.out):  # only now: what was asked for fits
         if not (ae or npz):
             ae = train_dae(run, ae_config, size, images, rows[0], wanted, device, dtype)
-        ae = ae and place(ae, device)  # channels-last: only training is slower so
+        ae = ae and lvae.place(ae, device)  # channels-last: only training is slower so
         if not npz:
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not config.scale:  # to be measured on up to 10,000 of the latents
@@ -189,7 +189,7 @@ def fitted(run, start, options, shape, classes):
 def train_lvae(run, config, ae, data, start, device, dtype):
     """Train the LVAE from a starting point on. ae: the autoencoder, or None for latents of another."""
     seed_step(run.seed, 0)
-    model = place(lvae.LVAE(config).train(), device)
+    model = lvae.place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
     facts = start | {"config": asdict(config), "classes": data.classes if config.num_classes else []}
@@ -598,13 +598,6 @@ def setup(name="auto", precision="auto"):
             "xla": os.environ.get("PJRT_DEVICE") == "TPU"}
     bf16 = fast.get(device.type) if precision == "auto" else precision == "bf16"
     return device, torch.bfloat16 if bf16 else torch.float32
-
-def place(module, device, dtype=torch.float32):
-    """Move a module to the device, channels-last. dtype: of convs and linear layers; bf16 to infer only."""
-    for layer in module.modules():
-        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-            layer.to(dtype)
-    return module.to(device) if device.type == "xla" else module.to(device, memory_format=torch.channels_last)
 
 def world():
     """(Rank of this process, number of processes)."""
