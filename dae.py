@@ -396,6 +396,8 @@ def load_safetensors(path):
     start = 8 + int.from_bytes(mapped[:8].numpy(), "little")  # where the tensors begin
     header = json.loads(mapped[8:min(start, 100_000_000)].numpy().tobytes())
     header.pop("__metadata__", None)
+    lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
+    require(start + sum(lengths) == len(mapped), "truncated or damaged: its tensors do not fill it")
     for name, entry in header.items():
         if dtype := SAFETENSORS.get(entry["dtype"]):
             begin, end = entry["data_offsets"]

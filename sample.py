@@ -76,6 +76,7 @@ class Sampler:
         """Samples `numbers` of a seed -> uint8 (B, H, W, 3)."""
         images, up = self.images(self.noise(seed, numbers), label, **guidance), self.upsampler
         if up:
+            label = label if self.config.num_classes else None  # 0 stands for it in a model without classes
             images = up.images(up.noise((seed, 1), numbers), label, low_res=up.latents(images))
         return images
 
@@ -200,7 +201,9 @@ def encoded(sampler, args):
     each, else the sub-folder (in their order if the model knows no names), else the likeliest."""
     images, count = find_images(sampler, args), sampler.config.num_classes
     if count and args.label:
-        images.labels[:] = sampler.labels(args.label)
+        labels = sampler.labels(args.label)
+        require(len(labels) in (1, len(images.names)), f"--label {args.label}: not one, nor one per image")
+        images.labels[:] = labels
     elif count and images.classes and (sampler.folders or len(images.classes) != count):
         relabel(images, sampler.folders, "without --label")
     for rows, some in batches(images, args.batch, getattr(args, "n", None)):
@@ -225,8 +228,10 @@ def save_grid(path, what, rows, **names):
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
-    """Draw samples: a grid to look at, and with --npz all of them, for metrics."""
-    classes, size, path = sampler.labels(args.label), sampler.out_size, args.npz or args.out
+    """Draw samples: a grid to look at, or with --npz all of them, for metrics, or both."""
+    classes, size = sampler.labels(args.label), sampler.out_size
+    out = args.out or (None if args.npz else "samples.png")
+    path = args.npz or out
     require(not os.path.isdir(path), f"{path} is a folder: expected a file")
     if not (args.n or args.label):
         classes = classes[:10]
@@ -246,13 +251,15 @@ def generate(sampler, args):
             say(f"{args.npz}: {n} samples of {size}x{size} pixels")
         shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
         images, labels = np.array(array[row[shown]]), labels[shown]
+    if not out:
+        return
     ends = np.flatnonzero(np.diff(labels)) + 1  # a row per class, or a square of one class
     names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
     if len(names) == 1:
         columns, names = math.ceil(math.sqrt(len(images))), None
         ends = range(columns, len(images), columns)
     what = f"{len(images)} samples of {size}x{size} pixels"
-    save_grid(args.out, what, np.split(images, ends), row_names=names)
+    save_grid(out, what, np.split(images, ends), row_names=names)
 
 @contextlib.contextmanager
 def shared_array(path, shape):
@@ -332,7 +339,7 @@ def outpaint(sampler, args):
         return fresh
     fresh = sampler.noise(args.seed, range(len(x)), size)
     noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
-    wide = sampler.images(noise, label, size=size)  # (B, H, W, 3)
+    wide = sampler.images(noise, label, n=len(x), size=size)  # (B, H, W, 3)
     what = f"{len(wide)} images of {wide.shape[2]}x{wide.shape[1]} pixels"
     save_grid(args.out, what, list(zip(images, wide)), column_names=["image", "outpainted"])
 
@@ -437,7 +444,7 @@ def statistics(path, network, batch, size):
         given = {name: file[name] for name in names & set(file)}
         require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
         if "arr_0" not in file:
-            return {"mu": file["mu"], "sigma": file["sigma"], **given}
+            return given | {"mu": file["mu"], "sigma": file["sigma"]}  # a KeyError if they are missing
         images = file["arr_0"]
         fits = images.dtype == np.uint8 and images.shape[3:] == (3,) and len(images)
         require(fits, f"it is {images.dtype} {images.shape}")
@@ -600,7 +607,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # their options, some with a default of their own
-    generate: f"{GUIDED} --upsampler --n --npz --out=samples.png",
+    generate: f"{GUIDED} --upsampler --n --out --npz",
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "images --label --steps=5 --out=interpolation.png",
     manifold: "--label --steps=7 --out=manifold.png",

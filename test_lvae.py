@@ -66,7 +66,7 @@ def filled(module, rename=str):
     for key, value in state.items():
         a = seeded(zlib.crc32(key.encode()), *value.shape)
         scaled = a / np.float32(math.sqrt(math.prod(a.shape[1:])))
-        state[key] = scaled if a.ndim > 1 else 0.1 * a + key.endswith("weight")
+        state[key] = scaled if a.ndim > 1 else 0.1 * a + (1 if key.endswith("weight") else 0)
     return state
 
 def released_name(key):
@@ -197,14 +197,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 613, "dae": 668, "train": 820, "sample": 639, "test_lvae": 823}, 0
+    budgets, raises = {"lvae": 613, "dae": 670, "train": 820, "sample": 646, "test_lvae": 829}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 210_800
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 211_900
 
 def test_copied_alone():
     for module in ("lvae", "dae"):
@@ -425,9 +425,12 @@ def test_hostile_files():
         file.writestr("a/data.pkl", b"\x80\x02}." + bytes(1 << 24))
     state = dae.load("run/dae.pt").state_dict() | {"\x1b\nx" * (1 << 20): torch.ones(1)}  # a long header, too
     dae.write("name.safetensors", lambda file: dae.save_safetensors(state, file))
+    parts = {i: {"dtype": "F32", "shape": [2], "data_offsets": [i, i + 8]} for i in (0, 4)}
+    text = json.dumps(parts).encode()
+    Path("overlap.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
     for name, cause in (("call.pt", ""), ("cut.pt", "truncated"), ("cut.safetensors", "truncated"),
-                        ("bomb.pt", "compressed"), ("text.pt", "not a checkpoint"),
-                        ("name.safetensors", "\\x1b\\nx")):
+                        ("overlap.safetensors", "do not fill it"), ("bomb.pt", "compressed"),
+                        ("text.pt", "not a checkpoint"), ("name.safetensors", "\\x1b\\nx")):
         refused(cause, dae.load, name), refused(name, train.load_checkpoint, name)
     assert not os.path.exists("broken-in")
 
@@ -722,6 +725,9 @@ def test_resuming_is_bit_identical():
     seen, photos = dae.to_uint8(torch.cat([call.args[2] for call in steps.call_args_list])), begin()[1]
     straight = [any(near(photo, image, 0) for photo in photos) for image in seen]
     assert 0 < sum(straight) < len(seen)  # --flip mirrors some
+    old = torch.load("third/dae.pt")
+    old["discriminator"]["3.running_mean"] = torch.ones(128)  # as it was until adversaries lost theirs
+    torch.save(old, "third/dae.pt")
     training(PHOTOS + "third --batch 2 --accumulate 2 --recompute --steps 1")
     training(PHOTOS.replace("photos", "photos/") + "third --batch 2 --accumulate 2 --steps 2")
     os.remove("run/dae.pt")  # the checkpoint alone is enough
@@ -808,7 +814,7 @@ def test_mistakes_are_refused():
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
                            ("written", f"--out {A}/x.png")):
         refused(cause, sampling, f"generate {RUN} {options}")
-    refused("broadcast", sampling, f"interpolate {RUN} {A} {B} --label a,b,a")
+    refused("one per image", sampling, f"interpolate {RUN} {A} {B} --label a,b,a")
     for cause, line in (("church_outdoor_train_lmdb", f"{TRAIN}--dataset church"),
                         ("a\\x1b", f"{SAMPLE}generate a\x1b"), ("a\\x1b", f"{DAE}info a\x1b")):
         said = shell(line, code=2)

@@ -119,8 +119,7 @@ def train_both(index, run, model_options, dae_options):
         shape, classes = (ae_config.z_channels, size / f, size / f), len(images.classes)
     config = fitted(run, start, model_options, shape, classes)
     counts = list(map(len, (data.train, data.held) if npz else rows))
-    require(start.setdefault("counts", counts) == counts, f"{run.out}: had {start['counts']} images (train, "
-            f"held out), now {counts}: another --out, --init")
+    require(start.setdefault("counts", counts) == counts, f"--out had {start['counts']} images, now {counts}")
     with claim(run.out):  # only now: what was asked for fits
         if not (ae or npz):
             ae = train_dae(run, ae_config, size, images, rows[0], wanted, device, dtype)
@@ -320,8 +319,7 @@ def load_batch(data, rows, config, device, view=0):
 
 def read_latents(path, holdout):
     """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data. Raises ValueError."""
-    expected = "latents, finite numbers (N, C, H, H), and perhaps labels, N integers from 0 up"
-    with explained(f"{path}: expected {expected}"), np.load(path) as file:
+    with explained(f"{path}: expected latents (N, C, H, H), finite numbers"), np.load(path) as file:
         h, labels = file["latents"], None
         require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
         if "labels" in file:
@@ -494,7 +492,7 @@ def save_picture(path, rows, row_names=(), column_names=()):
         draw.text((4, top + (y + 0.5) * height), name, fill="black", font=font, anchor="lm")
     for x, name in enumerate(names[1]):
         draw.text((left + (x + 0.5) * width, top // 2), name, fill="black", font=font, anchor="mm")
-    kind = {".jpg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
+    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
     daes.write(path, lambda file: sheet.save(file, kind))
 
 def save_checkpoint(path, facts, parts):
@@ -533,8 +531,9 @@ def resume(start, parts, path):
     for name in parts.keys() & start.keys():
         part, state = parts[name], start[name]
         with explained(f"{path}: the {name} in it does not fit"):
+            state = {key: state[key] for key in part.state_dict()}  # adversaries once had statistics, too
             if isinstance(part, torch.optim.Optimizer):  # rate and implementation are this device's
-                state = {"state": state["state"], "param_groups": part.state_dict()["param_groups"]}
+                state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
             for parameter, moments in getattr(part, "state", {}).items():
                 for key, value in moments.items():
@@ -550,7 +549,7 @@ def begun(path, read, wanted):
     run = state.get("run", {}) if isinstance(state, dict) else {}
     if not state or run and state.get("step") == 0:  # all may change yet, as memory may run out
         return {}
-    known = run | (asdict(state["config"]) if "config" in state else {})
+    known = run | (asdict(state["config"]) if read is load_checkpoint else {})
     free = "out device precision compile log_every every dae_preset steps recompute".split()
     for name, value in wanted.items():
         may_differ = name in free or (name, value) == ("scale", 0)  # 0: it was measured
@@ -650,7 +649,8 @@ def asked_to_stop():
 # ---------------------------------------------------------------- command line
 def values(text):
     """argparse type: A,B,.. -> a tuple of ints, floats or words."""
-    return tuple(json.loads(word) if word[-1].isdigit() else word for word in text.split(",") if word)
+    return tuple(int(word) if word.isdecimal() else word if word.isidentifier() else float(word)
+                 for word in text.split(",") if word)
 
 def parse(argv):
     """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
@@ -677,8 +677,8 @@ def parse(argv):
     run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
     npz, for_images = run.data.endswith(".npz"), run.flip or run.val or run.image_size
     require(run.holdout < 1, "--holdout is a share, below 1")
-    require(run.data or run.dataset.startswith("toy"), f"{run.dataset} needs --data: for church, say, LSUN's "
-            "church_outdoor_train_lmdb (http://dl.yf.io/lsun/scenes), for imagenet its folder of synsets")
+    require(run.data or run.dataset.startswith("toy"),
+            f"{run.dataset} needs --data, say church_outdoor_train_lmdb of http://dl.yf.io/lsun/scenes")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
     require(not npz or not for_images and run.dae not in ("train", "none"),
             "--flip, --val, --image-size, --dae train and none are for images, not for an .npz of latents")
