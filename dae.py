@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves, tree_leaves_with_path
+from torch.utils._pytree import tree_leaves
 
 # ---------------------------------------------------------------- configuration
 def knob(default, help):
@@ -478,11 +478,17 @@ def to_diffusers(state):
                 for name, value in state.items()}
     return translate(matrices, DIFFUSERS)
 
+def flatten(content, prefix="", depth=3):
+    """The tensors of real numbers in nested dicts, as pairs (names joined by dots, tensor)."""
+    for key, value in content.items() if isinstance(content, dict) and depth >= 0 else ():
+        if type(key) is str and torch.is_tensor(value) and value.is_floating_point():
+            yield prefix + key, value.detach()
+        elif type(key) is str:
+            yield from flatten(value, f"{prefix}{key}.", depth - 1)
+
 def find(content, source):
     """What `read` returned -> the autoencoder's tensors in our names, and what they are. Raises LoadError."""
-    tensors = {".".join(str(getattr(part, "key", part)) for part in path): leaf
-               for path, leaf in tree_leaves_with_path(content)
-               if torch.is_tensor(leaf) and leaf.is_floating_point()}
+    tensors = dict(flatten(content))
     prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
     require(prefixes, f"{source}: no autoencoder (expected {FIRST}, found {str(list(tensors)[:3])[:200]})")
     prefix = min([p for p in prefixes if p.endswith("first_stage_model.")] or prefixes, key=len)
