@@ -432,8 +432,8 @@ def contents(path):
     tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
     for tensor in tensors:
         vars(tensor).clear()  # attributes that the file gave it
-    held = sum(tensor.nbytes for tensor in tensors) // 2  # as tied weights count twice
-    require(held <= os.path.getsize(path), "a hostile file: what it holds is larger than itself")
+    require(sum(tensor.nbytes for tensor in tensors) <= 2 * os.path.getsize(path),  # tied weights count twice
+            "a hostile file: what it holds is larger than itself")
     return content
 
 def read(path):

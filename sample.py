@@ -76,8 +76,7 @@ class Sampler:
         """Samples `numbers` of a seed -> uint8 (B, H, W, 3)."""
         images, up = self.images(self.noise(seed, numbers), label, **guidance), self.upsampler
         if up:
-            label = label if self.config.num_classes else None  # 0 stands for it in a model without classes
-            images = up.images(up.noise((seed, 1), numbers), label, low_res=up.latents(images))
+            images = up.images(up.noise((seed, 1), numbers), self.known(label), low_res=up.latents(images))
         return images
 
     def generate(self, noise, label, **options):

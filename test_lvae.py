@@ -197,14 +197,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 613, "dae": 676, "train": 820, "sample": 646, "test_lvae": 830}, 0
+    budgets, raises = {"lvae": 613, "dae": 676, "train": 820, "sample": 645, "test_lvae": 835}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 212_100
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 212_400
 
 def test_copied_alone():
     for module in ("lvae", "dae"):
@@ -603,6 +603,11 @@ def test_evaluation():
         table(f"{RUN} --n 16")  # the Inception Score goes by parts: classes are mixed
     assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
     refused("--image-size", table, "photos/a --reference photos/b")
+    assert "images of 24x24" in sampling("evaluate photos --features net.pt --image-size 24")
+    refused("no image found", table, "run --image-size 32")  # its grids are no samples
+    refused("written", table, "photos.npz --export photos/a/0.png/y.npz")
+    with patch.object(np, "savez", side_effect=OSError(30, "Read-only file system")):
+        refused("Read-only", table, "photos.npz --export y.npz")
 
 @in_folder()
 def test_upsampling_stack():
