@@ -8,7 +8,7 @@ latent groups z_1 .. z_L that model the latents of an image autoencoder (dae.py)
 
 A group is represented by its noise under the prior, eps_i = (z_i - mean_i) / std_i: "eps in, x out, None =
 draw it" is sampling, reconstruction, interpolation and outpainting. A training on latents h (N, 4, 16, 16)
-and labels (N,), 0 to 7 (`adapted` is for others), with copy, torch, lvae and dataclasses.replace imported:
+and labels (N,), 0 to 7 (for others: `adapted`), after importing copy, torch, lvae and dataclasses.replace:
 
     config = replace(lvae.PRESETS["toy"], shift=h.mean().item(), scale=h.std().item())
     model = lvae.LVAE(config).train()
@@ -22,8 +22,7 @@ and labels (N,), 0 to 7 (`adapted` is for others), with copy, torch, lvae and da
     h = lvae.denormalise(x, config)                             # for the autoencoder's decoder
 
 Shapes: B batch, C data channels, c channels of a level (one resolution), z latent channels, L latent groups.
-Orders: a Config's lists and `encoder.levels` are finest first, as in Table 5; `model.levels`, latent groups,
-noise, KL and guidance are top-down, coarsest first.
+Orders: a Config's lists and `encoder.levels` are finest first, as in Table 5; all else is coarsest first.
 """
 import math
 from collections import namedtuple
@@ -37,45 +36,45 @@ from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------- configuration
 def knob(default, help, low=0):
-    """A field of a config, its explanation, here and in `train.py --help`, and its smallest value."""
+    """A field of a config, its explanation (of `train.py --help`, too) and its smallest value."""
     return field(default=default, metadata={"help": help, "low": low})
 
 PER_LEVEL = ("mult", "ffn", "groups", "encoder_layers", "attention_layers", "heads")
 
 @dataclass(frozen=True)
 class Config:
-    """A model and how it is trained: one column of Table 5. The defaults are LSUN Church's."""
-    resolution: int = knob(32, "height and width of the data, --image-size over f: 4, 8, 16, ..", 4)
-    data_channels: int = knob(4, "channels of what the LVAE models", 1)
-    num_classes: int = knob(0, "number of labels, 0: unconditional")
+    """A model and its training: one column of Table 5. The defaults are LSUN Church's."""
+    resolution: int = knob(32, "side of the data, --image-size over f: 4, 8, 16, ..", 4)
+    data_channels: int = knob(4, "channels of the data", 1)
+    num_classes: int = knob(0, "0: unconditional")
     first_stage: str = knob("kl-f8", "the autoencoder: of dae.PRESETS, train, file, none (pixels), latents")
     shift: float = knob(0.0, "data are normalised to (h - shift) / scale", -math.inf)
-    scale: float = knob(1.0, "data are normalised to (h - shift) / scale; 0: measure both on the data")
+    scale: float = knob(1.0, "likewise; 0: measure both on the data")
     width: int = knob(192, "channels of the top-down path, times mult", 1)
     encoder_width: int = knob(192, "channels of the bottom-up path, times mult", 1)
     mult: tuple = knob((1, 1, 1, 1, 1), "channel multiplier per level, finest first", 1)
-    ffn: tuple = knob((4, 4, 4, 4, 4), "expansion of the 1x1 convs in a block per level; 0: none")
+    ffn: tuple = knob((4, 4, 4, 4, 4), "expansion of the 1x1 convs per level; 0: none")
     groups: tuple = knob((8, 8, 8, 8, 8), "latent groups per level", 1)
     encoder_layers: tuple = knob((4, 4, 4, 4, 4), "encoder blocks per level", 1)
     attention_layers: tuple = knob((4, 4, 4, 0, 0), "attention layers per level, at most, in each path")
     heads: tuple = knob((4, 8, 8, 0, 0), "attention heads per level, divisors of its widths")
     z_dim: int = knob(16, "channels of a latent group", 1)
-    hierarchical_prior: bool = knob(False, "learn p(z_i | z_<i), not standard normal; guidance acts on it")
-    attention: str = knob("sdpa", "sdpa, or released: the bug that the authors' weights were trained with")
-    upsample: int = knob(0, "factor of an upsampler given a smaller image, 2, 4, ..; 0: not an upsampler")
+    hierarchical_prior: bool = knob(False, "learn p(z_i | z_<i); guidance acts on it")
+    attention: str = knob("sdpa", "sdpa, or released: the bug in the authors' weights")
+    upsample: int = knob(0, "factor of an upsampler, 2, 4, ..; 0: none")
     sigma_q: float = knob(0.07, "std of the noise around the normalised target (App. B)", 1e-6)
-    spectral_weight: float = knob(0.1, "weight of the spectral regularisation")
+    spectral_weight: float = knob(0.1, "weight of the spectral term")
     kl_schedule: tuple = knob(("shifted_exp", 1000, 10), "shifted_exp,scale,shift; constant_per,A,B,..; none")
-    label_dropout: float = knob(0.1, "probability of training without the label, for guidance")
+    label_dropout: float = knob(0.1, "share trained without the label, for guidance")
     batch: int = knob(128, "samples per forward pass, over all processes", 1)
-    accumulate: int = knob(1, "forward passes per step; effective batch = batch x accumulate", 1)
+    accumulate: int = knob(1, "batches per step", 1)
     lr: float = knob(2e-4, "learning rate of Adam", 1e-12)
     warmup: int = knob(100, "steps of linear learning-rate warm-up")
-    lr_decay: float = knob(0.0, "share of the steps, the last ones, in which the learning rate falls to 0")
-    ema: float = knob(0.9999, "decay of the weights' moving average per step, up to 1 (reached gradually)")
-    skip_threshold: float = knob(300.0, "skip larger gradient norms per data dimension, after step 1000")
+    lr_decay: float = knob(0.0, "share of the steps, the last, in which the rate falls to 0")
+    ema: float = knob(0.9999, "decay of the weights' average per step, reached gradually")
+    skip_threshold: float = knob(300.0, "gradient norm per data dimension to skip, after step 1000")
     steps: int = knob(250_000, "training steps")
-    recompute: bool = knob(False, "activation checkpointing: far less memory, 5 to 25 % more time")
+    recompute: bool = knob(False, "activation checkpointing: far less memory, up to a quarter more time")
 
     def __post_init__(self):
         def need(name, fits):
@@ -101,7 +100,7 @@ class Config:
         need("kl_schedule", 0 not in weights[:1] and not any(isinstance(weight, str) for weight in weights))
 
 def resolutions(config):
-    """Side of each level, finest first: halved down to 4, then 1 (an upsampler stops at its input's size)."""
+    """Side of each level, finest first: halved to 4, then 1 (an upsampler's stop at its input's size)."""
     last = max(1, config.resolution // config.upsample) if config.upsample else 4
     sides = [config.resolution]
     while sides[-1] > last:
@@ -159,7 +158,7 @@ PRESETS = {
 }
 
 def adapted(config, channels, resolution, num_classes):
-    """A preset for data of another size: its finest level is repeated, or left out."""
+    """A preset for other data: its finest level is repeated, or left out."""
     levels = resolution.bit_length() - 1
     lists = {name: getattr(config, name) for name in PER_LEVEL}
     lists = {name: (values[:1] * levels + values)[-levels:] for name, values in lists.items()}
@@ -175,7 +174,7 @@ def denormalise(x, config):
 
 # ---------------------------------------------------------------- Gaussians (always fp32)
 def autocast(device, dtype):
-    """Convs and linear layers in bf16 if that is `dtype`; Gaussians, KL and losses always stay fp32."""
+    """Convs and linear layers in bf16 if that is `dtype`; Gaussians and losses stay fp32."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # meta has none
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -192,7 +191,7 @@ def gaussian_kl(q, p):
     return 0.5 * (ratio - 1 - ratio.log() + (q.mean - p.mean).square() / p.var)
 
 def whiten(z, prior):
-    """The noise under the prior that gives z, the one representation of a latent (Section 5.2)."""
+    """The noise under the prior that gives z (Section 5.2)."""
     return (z - prior.mean) / prior.var.sqrt()
 
 def guide(conditional, unconditional, mean_weight, variance_weight):
@@ -214,14 +213,14 @@ def scaled_(layer, scale=1.0):
     return layer
 
 class SpectralConv2d(nn.Conv2d):
-    """A conv that can tell its kernel's largest singular value (Yoshida & Miyato, 2017), for the penalty."""
+    """A conv that knows its kernel's largest singular value (Yoshida & Miyato, 2017)."""
     def __init__(self, c_in, c_out, kernel, scale, penalty):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         scaled_(self, scale).penalty = penalty
         self.register_buffer("u", F.normalize(torch.randn(c_out), dim=0))
 
     def sigma(self):
-        """That value, by a power iteration that goes on in training; no gradient flows to u and v."""
+        """That value, by a power iteration that goes on in training; u and v get no gradient."""
         with autocast(self.weight.device, torch.float32):
             w = self.weight.flatten(1).float()                 # (c_out, c_in*k*k)
             with torch.no_grad():
@@ -233,7 +232,7 @@ class SpectralConv2d(nn.Conv2d):
 
 class Block(nn.Module):
     """The inverted bottleneck (App. B): two k x k convs, then two 1x1 convs that widen by `ffn` (none if 0).
-    It adds its input if channels agree. With a `penalty`, its last conv's spectral weight, it does not."""
+    It adds its input if channels agree, and it has no `penalty`, its last conv's spectral weight."""
     def __init__(self, c, c_out, kernel, ffn, label_dim, scale, penalty=None):
         super().__init__()
         last = conv if penalty is None else partial(SpectralConv2d, penalty=penalty)
@@ -257,7 +256,7 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention over all positions, residual, at first the identity. In mode "released" the
-    queries are projected instead of the result, as the authors' code does."""
+    queries are projected, not the result, as in the authors' code."""
     def __init__(self, c, heads, mode):
         super().__init__()
         self.heads, self.mode = heads, mode
@@ -274,7 +273,7 @@ class Attention(nn.Module):
         return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
 
 class Resample(nn.Module):
-    """Between levels: average pooling, or nearest-neighbour up to a size; a 1x1 conv if channels change."""
+    """Average pooling, or nearest-neighbour up to a size, and a 1x1 conv if channels change."""
     def __init__(self, c_in, c_out, pool=None):
         super().__init__()
         self.pool = pool
@@ -284,16 +283,22 @@ class Resample(nn.Module):
         return self.conv(F.avg_pool2d(x, self.pool) if self.pool else F.interpolate(x, size, mode="nearest"))
 
 def shrink(x, config):
-    """What an upsampler is given of x (B, C, H, W) in training: (B, C, H/f, W/f), with antialiasing."""
+    """An upsampler's input in training: x (B, C, H, W) -> (B, C, H/f, W/f)."""
     return F.interpolate(x, scale_factor=1 / config.upsample, mode="bilinear", antialias=True)
 
-def attention_positions(blocks, layers):
-    """After which blocks attention follows: as in the released weights, top-down they count from 1, bottom-up
-    from 0. Of two at one place one is left: church's 4 layers for the 4 blocks of its encoder are 3."""
-    return {round(blocks / (layers + 1) * i) for i in range(1, layers + 1)}
+def level(make, count, first, c, i, config):
+    """Level i: `count` blocks, counted from `first`, and attention after some, placed as in the released
+    weights. Of two at one place one is left: church's 4 layers for the 4 blocks of its encoder are 3."""
+    layers, attentions = nn.ModuleList(), config.attention_layers[i]
+    positions = {round(count / (attentions + 1) * k) for k in range(1, attentions + 1)}
+    for j in range(first, first + count):
+        layers.append(make())
+        if j in positions:
+            layers.append(Attention(c, config.heads[i], config.attention))
+    return layers
 
 def run_block(config, block, *inputs):
-    """block(*inputs); in training with config.recompute, without keeping what happens inside."""
+    """block(*inputs); in training with config.recompute nothing inside is kept."""
     keep = not (config.recompute and block.training)
     return block(*inputs) if keep else checkpoint(block, *inputs, use_reentrant=False)
 
@@ -308,12 +313,8 @@ class Encoder(nn.Module):
         self.in_proj = conv(config.data_channels, widths[0], 3)
         self.levels = nn.ModuleList()
         for i, (side, c) in enumerate(zip(sides, widths)):
-            layers, blocks = nn.ModuleList(), config.encoder_layers[i]
-            positions = attention_positions(blocks, config.attention_layers[i])
-            for j in range(blocks):
-                layers.append(Block(c, c, 3 if side > 1 else 1, config.ffn[i], label_dim, scale))
-                if j in positions:
-                    layers.append(Attention(c, config.heads[i], config.attention))
+            make = partial(Block, c, c, 3 if side > 1 else 1, config.ffn[i], label_dim, scale)
+            layers = level(make, config.encoder_layers[i], 0, c, i, config)
             if i + 1 < len(sides):
                 layers.append(Resample(c, widths[i + 1], side // sides[i + 1]))
             self.levels.append(layers)
@@ -332,7 +333,7 @@ Latent = namedtuple("Latent", "prior posterior z")
 
 class TopDownBlock(nn.Module):
     """One latent group: draw z from the posterior (training) or the prior (generation), add it to the hidden
-    state. Under guidance the batch holds two streams, with and without the label: [c; u]. Each gives its own
+    state. Under guidance the batch holds two streams, with and without the label: [c; u]. Each has its
     prior, the two are combined (Eq. 2), and one z enters both (App. C)."""
     def __init__(self, side, c, c_encoder, ffn, label_dim, scale, config):
         super().__init__()
@@ -348,7 +349,7 @@ class TopDownBlock(nn.Module):
 
     def forward(self, x, label, eps=None, evidence=None, guidance=None, temperature=1.0):
         """x (B, c, H, W), or (2B, ...) under guidance -> x, Latent. eps (B, z, H, W), None to draw it, or a
-        function of the prior that gives it; evidence: the features and label that the posterior sees."""
+        function of the prior; evidence: the features and label that the posterior sees."""
         h = self.prior_block(x, label)                         # (B, c [+ 2z], H, W)
         if self.hierarchical:
             prior, h = gaussian(h[:, :2 * self.z_dim]), h[:, 2 * self.z_dim:]
@@ -393,12 +394,9 @@ class LVAE(nn.Module):
             self.initial = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
         self.levels = nn.ModuleList()  # coarsest first
         for i in reversed(range(len(sides))):
-            layers, c, c_encoder = nn.ModuleList(), widths[i], config.encoder_width * config.mult[i]
-            positions = attention_positions(config.groups[i], config.attention_layers[i])
-            for j in range(1, config.groups[i] + 1):
-                layers.append(TopDownBlock(sides[i], c, c_encoder, config.ffn[i], label_dim, scale, config))
-                if j in positions:
-                    layers.append(Attention(c, config.heads[i], config.attention))
+            c, c_encoder = widths[i], config.encoder_width * config.mult[i]
+            make = partial(TopDownBlock, sides[i], c, c_encoder, config.ffn[i], label_dim, scale, config)
+            layers = level(make, config.groups[i], 1, c, i, config)
             if i:
                 layers.append(Resample(c, widths[i - 1]))
             self.levels.append(layers)
@@ -406,9 +404,9 @@ class LVAE(nn.Module):
 
     def forward(self, x, label=None, noise=None, low_res=None, drop_label=None):
         """One pass with posterior samples of every group -> Output: p(x|z) and the terms of the objective.
-        x (B, C, H, W); label (B,) int64, or None for "no label"; noise: L posterior eps, top-down, None draws
-        them; low_res (B, C, H/f, W/f): an upsampler's input, by default x shrunk; drop_label (B,) bool: whose
-        label the prior and shared blocks do not see, by default in training a share `label_dropout`."""
+        x (B, C, H, W); label (B,) int64, None: "no label"; noise: L posterior eps, None draws them; low_res
+        (B, C, H/f, W/f): an upsampler's input, by default x shrunk; drop_label (B,) bool: whose label the
+        prior and shared blocks do not see, by default in training a share `label_dropout`."""
         config, n = self.config, len(x)
         if drop_label is None and self.training:
             drop_label = torch.rand(n, device=x.device) < config.label_dropout
@@ -425,8 +423,8 @@ class LVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x, label=None, noise=None, low_res=None):
-        """Posterior samples of x, whitened under the prior: L eps (B, z, h, w), top-down, of which `generate`
-        makes x again, given the same label. noise: the posterior's; None draws it, zeros give its means."""
+        """Posterior samples of x, whitened under the prior: L eps (B, z, h, w), of which `generate` makes x
+        again, given the same label. noise: the posterior's; None draws it, zeros give its means."""
         out = self.forward(x, label, noise, low_res, torch.zeros(len(x), dtype=torch.bool, device=x.device))
         return [whiten(latent.z, latent.prior) for latent in out.latents]
 
@@ -434,12 +432,12 @@ class LVAE(nn.Module):
     def generate(self, noise=None, label=None, n=None, mean_guidance=0.0, variance_guidance=0.0,
                  temperature=1.0, low_res=None, size=None):
         """Samples: the mean of p(x|z), z from the prior. (n, C, H, W), normalised data.
-        noise: L whitened eps (B, z, h, w), top-down; None, or None for some groups, draws them. An entry may
-            be a function of its group's prior: `lambda prior: whiten(z, prior)` imposes z (temperature 1).
+        noise: L whitened eps (B, z, h, w); None, or None for some groups, draws them. An entry may be a
+            function of its group's prior: `lambda prior: whiten(z, prior)` imposes z (temperature 1).
         label: an int, (n,) ints, or None; or (n, label_dim) floats, mixtures of rows of `embedding`.
-        mean_guidance, variance_guidance: w_mu, w_sigma of Eq. 2, a number, or one per level, coarsest first.
+        mean_guidance, variance_guidance: w_mu, w_sigma of Eq. 2, a number, or one per level.
         n: how many, if nothing else says so. temperature: multiplies every prior's std. low_res (n, C, H/f,
-            W/f): an upsampler's input. size (H, W): of the data, if another than in training."""
+            W/f): an upsampler's input. size (H, W): of the data, if not as in training."""
         label = None if label is None else torch.as_tensor(label)
         given = [t for t in (*(noise or ()), label, low_res) if torch.is_tensor(t) and t.ndim]
         n = n or (len(given[0]) if given else 1)
@@ -448,14 +446,14 @@ class LVAE(nn.Module):
         guidance = list(zip(*weights)) if any(map(any, weights)) else None  # a pair per level
         possible = self.config.num_classes and self.config.hierarchical_prior and label is not None
         if guidance and not (possible and all(len(w) == levels for w in weights)):
-            raise ValueError("guidance needs classes, a hierarchical prior, a label; weights: 1 or per level")
+            raise ValueError("guidance needs a hierarchical prior, a label; weights: 1 or per level")
         label = self._embed(label, n)
         if guidance is not None:
             label = torch.cat([label, self.embedding.weight[-1:].expand(n, -1)])
         return self._top_down(n, label, noise, low_res, None, guidance, temperature, size)[0]
 
     def latent_shapes(self, size=None):
-        """(z, h, w) of every group, top-down, for data of size (H, W)."""
+        """(z, h, w) of every group for data of size (H, W)."""
         r, z = self.config.resolution, self.config.z_dim
         H, W = size or (r, r)
         shapes = [(z, 1, 1) if side == 1 else (z, side * H // r, side * W // r) for side in self.sides]
@@ -503,8 +501,8 @@ class LVAE(nn.Module):
 
 # ---------------------------------------------------------------- objective
 def kl_shares(config):
-    """Target share of the total rate for every group, in percent, top-down (L,). They sum to 66.7: the band
-    of weight 1 runs from 1x to 2x a share, so its middles, 1.5x, sum to 100."""
+    """Target share of the total rate of every group (L,), percent. They sum to 66.7: the band of weight 1
+    runs from 1x to 2x a share, so its middles sum to 100."""
     kind, *values = config.kl_schedule
     if kind == "shifted_exp":
         steps = torch.linspace(0, math.log(values[0]), sum(config.groups), dtype=torch.float64)
@@ -516,9 +514,9 @@ def kl_shares(config):
 
 @torch.no_grad()
 def kl_weights(kl, shares):
-    """KL scheduling (Luhman & Luhman, 2022): each group's weight, from its share of each sample's total KL.
+    """KL scheduling (Luhman & Luhman, 2022): each group's weight (L, B), from its share of each sample's KL.
     kl (L, B) nats; shares (L,) percent. With a = share x total: below a the weight falls to 0.1, so that the
-    group may use more; between a and 2a it is 1; it rises to 2 at 3a. No gradient passes. Returns (L, B)."""
+    group may use more; between a and 2a it is 1; it rises to 2 at 3a. No gradient passes."""
     share = kl / (shares.to(kl.device)[:, None] / 100 * kl.sum(0)).clamp_min(1e-20)  # in units of a
     return torch.where(share < 1, share.clamp_min(0.1), 1 + (share - 2).clamp(0, 1))
 
@@ -526,14 +524,14 @@ def kl_weights(kl, shares):
 Loss = namedtuple("Loss", "loss distortion rate weighted_rate spectral kl")
 
 def distortions(out, x, config):
-    """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats. Variances below sigma_q^2 cost."""
+    """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats."""
     var_q, error = config.sigma_q ** 2, x.float() - out.mean   # (B, C, H, W)
     kl = 0.5 * ((var_q + error.square()) * torch.exp(-out.logvar) - 1 + out.logvar - math.log(var_q))
     return kl.sum((1, 2, 3))
 
 def objective(out, x, config):
     """loss = distortion + weighted rate + spectral term (Section 3, App. B): Output, x (B, C, H, W) -> Loss.
-    Distortion + rate is the negative ELBO up to a constant."""
+    Distortion + rate: the negative ELBO up to a constant."""
     distortion = distortions(out, x, config).mean()
     weights = kl_weights(out.kl, kl_shares(config)) if config.kl_schedule != ("none",) else 1.0      # (L, B)
     weighted_rate = (weights * out.kl).sum(0).mean()
@@ -547,7 +545,7 @@ def bits_per_dim(nats, config):
 
 # ---------------------------------------------------------------- the update
 def place(module, device, dtype=torch.float32):
-    """Move a module to the device, channels-last. dtype: of convs and linear layers; bf16 to infer only."""
+    """Move a module to a device, channels-last. dtype: of convs and linear layers; bf16 to infer only."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.to(dtype)
@@ -561,8 +559,8 @@ def make_optimizer(model):
 
 def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, average=None):
     """One update, step = 1, 2, ..: Adam and the average, or no change if the gradient is out of bounds.
-    batches: config.accumulate tuples of `forward`'s arguments; dtype: of the convs, float32 or bfloat16;
-    average(tensors) puts their mean over all processes into them. Returns named statistics."""
+    batches: config.accumulate tuples of `forward`'s arguments; dtype: of the convs; average(tensors) puts
+    their mean over all processes into them. Returns named statistics."""
     config, device = model.config, batches[0][0].device
     optimizer.zero_grad()
     parts = []

@@ -28,12 +28,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import dae as daes
@@ -44,33 +43,34 @@ from lvae import knob
 @dataclass(frozen=True)
 class Run:
     """What a run reads and writes. Also options: lvae.Config's fields and, as --dae-.., dae.Config's."""
-    dataset: str = knob("toy", "preset: " + ", ".join(lvae.PRESETS))
-    data: str = knob("", "folder of images (sub-folders are classes), LSUN LMDB folder, or .npz of latents")
-    init: str = knob("", "begin with the model and autoencoder of this checkpoint, or pipeline of the paper")
+    dataset: str = knob("toy", "preset")
+    data: str = knob("", "folder of images, LSUN LMDB folder, or .npz of latents")
+    init: str = knob("", "checkpoint, or pipeline of the paper, to begin with")
     dae: str = knob("", "first stage: FILE, kl-f8, .. (downloaded), train, none (pixels); else the preset's")
-    dae_preset: str = knob("small-f4", "what --dae train trains: " + ", ".join(daes.PRESETS))
-    out: str = knob("", "the run's folder; empty: runs/DATASET, or runs/ and the data folder's name")
+    dae_preset: str = knob("small-f4", "what --dae train trains")
+    out: str = knob("", "the run's folder, else runs/DATASET, or runs/ and the data folder's name")
     image_size: int = knob(0, "side of the square images in pixels; 0: the preset's")
     flip: bool = knob(False, "horizontal flips")
-    val: str = knob("", "folder of held-out images; empty: a share of --data")
-    holdout: float = knob(0.05, "share of --data held out (at most 2000 images), where there is no --val")
+    val: str = knob("", "folder of held-out images")
+    holdout: float = knob(0.05, "without --val: share of --data held out, at most 2000 images")
     seed: int = knob(0, "of initialisation, order and noise")
     device: str = knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
-    precision: str = knob("auto", "bf16 or fp32; auto: bf16 where the hardware has it")
-    compile: str = knob("auto", "yes or no: torch.compile the LVAE; auto: on CUDA, for 500 steps or more")
+    precision: str = knob("auto", "auto: bf16 where the hardware has it")
+    compile: str = knob("auto", "torch.compile the LVAE; auto: on CUDA, for 500 steps or more")
     log_every: int = knob(20, "steps between lines of log.jsonl", 1)
     every: int = knob(500, "steps between checkpoints, evaluations and sample grids", 1)
 
 # ---------------------------------------------------------------- the loop of both stages
 def loop(run, stage, steps, path, facts, parts, update, look):
-    """Train a stage up to `steps` with update(step) -> statistics; facts and parts are kept in `path`."""
+    """Train a stage with update(step) -> statistics; `path` keeps facts and parts."""
     done, in_a_row = facts["step"], 0
     if done == 0:
         save_checkpoint(path, facts, parts)
     bar = tqdm(range(done + 1, steps + 1), stage, steps, initial=done, unit="step", disable=world()[0] > 0)
     for step in bar:
         seed_step(run.seed, step)  # all that is random is of (seed, step)
-        stats = update(step)
+        started = time.time()
+        stats = update(step) | {"seconds": time.time() - started}
         in_a_row = in_a_row + 1 if stats["skipped"] else 0
         require(in_a_row < 100, f"100 steps in a row of the {stage} skipped: another --out, a lower rate")
         stats["skipped"] += facts["skipped"]
@@ -93,16 +93,14 @@ def seed_step(seed, step):
 
 def log(run, stage, step, stats):
     """Append to log.jsonl, in one write; of a step run twice the later line counts."""
-    entry = {"stage": stage, "step": step}
-    for name, value in stats.items():
-        entry[name] = np.round(value.tolist() if torch.is_tensor(value) else value, 7).tolist()
+    values = {name: value.tolist() if torch.is_tensor(value) else value for name, value in stats.items()}
     if world()[0] == 0:
         with open(os.path.join(run.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
 
 # ---------------------------------------------------------------- what happens in which order
 def train_both(index, run, model_options, dae_options):
-    """One process (XLA's `index`) of a run: first stage, latents, second stage, or what is left of them."""
+    """One process (XLA's `index`) of a run: first stage, latents, second stage."""
     with contextlib.suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGINT, ask)
     device, dtype = setup(run.device, run.precision)
@@ -133,7 +131,7 @@ def train_both(index, run, model_options, dae_options):
         train_lvae(run, config, ae, data, start | {"run": wanted}, device, dtype)
 
 def starting_point(run, options):
-    """What to go on from (own checkpoint, --init's, a preset), as load_checkpoint has it, and autoencoder."""
+    """What to go on from (own checkpoint, --init's, preset), as load_checkpoint has it; its autoencoder."""
     path = os.path.join(run.out, "checkpoint.pt")
     start = begun(path, load_checkpoint, options)
     if start:
@@ -155,44 +153,44 @@ def starting_point(run, options):
     return start | {"config": replace(config, first_stage=name, scale=0.0 if new else config.scale)}, ae
 
 def autoencoder_of(state, path):
-    """The autoencoder of a checkpoint; None if there is none in it."""
+    """A checkpoint's autoencoder, or None."""
     if state["config"].first_stage == "none":
         return daes.Identity()
     return daes.from_state(state["dae"], path) if state["dae"] else None
 
 def open_data(run, size, classes):
-    """A run's images, those of --val last, and which are (to train on, held out). classes: known names."""
+    """A run's images, and the indices of those to train on and held out. classes: known names."""
     images = open_images(run.data, size, classes)
     n = len(images.names)
     if not run.val:
         return images, split(n, run.holdout)
     val = open_images(run.val, size, images.classes)
     both = Images(images.names + val.names, lambda i: images.open(i) if i < n else val.open(i - n),
-                  [images.listing, val.listing], np.append(images.labels, val.labels), images.classes)
+                  np.append(images.labels, val.labels), images.classes)
     return both, (np.arange(n), np.arange(n, len(both.names)))
 
 def fitted(run, start, options, shape, classes):
-    """The Config for data of a shape (C, H, W) in so many classes. ValueError if it cannot be for them."""
+    """The Config for data of a shape (C, H, W) in so many classes."""
     config = start["config"]
     if run.dataset == "toy" and "model" not in start:  # this preset follows the user's own data
         config = lvae.adapted(config, shape[0], int(shape[1]), classes)
     config = replace(config, **options)
-    require(config.scale or "shift" not in options, "--shift needs a --scale: without one both are measured")
+    require(config.scale or "shift" not in options, "--shift needs a --scale, else both are measured")
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config for {expected}: --image-size?")
     require(not config.num_classes or 1 <= classes <= config.num_classes,
-            f"data of {classes} classes (sub-folders, labels) does not fit num_classes {config.num_classes}")
+            f"data of {classes} classes does not fit num_classes {config.num_classes}")
     return config
 
 # ---------------------------------------------------------------- stage two: the hierarchical VAE
 def train_lvae(run, config, ae, data, start, device, dtype):
-    """Train the LVAE from a starting point on. ae: the autoencoder, or None for latents of another."""
+    """Train the LVAE. ae: the autoencoder, or None for latents of another."""
     seed_step(run.seed, 0)
     model = lvae.place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
     facts = start | {"config": asdict(config), "classes": data.classes if config.num_classes else []}
-    facts |= resume(start, parts, path if start.get("step") else run.init)
+    facts |= resume(start, parts)
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
     say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
@@ -202,7 +200,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     mine, source = my_part(config.batch), "cpu" if device.type == "xla" else device
 
     def batch(number):
-        """Part `mine` of a batch; what is random is drawn for all of it, so that N processes train as one."""
+        """Part `mine` of a batch; noise is drawn for all of it, so that N processes train as one."""
         rows = data.train[batch_indices(run.seed, len(data.train), config.batch, number)[mine]]
         view = np.random.default_rng((run.seed, number)).integers(2, size=config.batch)[mine]
         x, label = load_batch(data, rows, config, device, view)
@@ -211,11 +209,10 @@ def train_lvae(run, config, ae, data, start, device, dtype):
         return x, label, noise, None, dropped
 
     def update(step):
-        started = time.time()
         batches = [batch((step - 1) * config.accumulate + micro) for micro in range(config.accumulate)]
         stats = lvae.train_step(model, ema, optimizer, batches, step, dtype, average)
         stats["kl_levels"] = torch.stack([kl.sum() for kl in stats.pop("kl").split(config.groups[::-1])])
-        return stats | {"images_per_s": config.batch * config.accumulate / (time.time() - started)}
+        return stats
 
     def look(step):
         with torch.no_grad(), lvae.autocast(device, dtype):
@@ -227,7 +224,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     say(f"done: {path}, {facts['skipped']} steps skipped")
 
 def held_out(model, data, device):
-    """Held-out distortion and rate, nats per sample, and negative ELBO, bits per dimension. Repeatable."""
+    """Held-out distortion and rate, nats per sample, and negative ELBO, bits per dimension."""
     seed_step(0, 0)
     total = np.zeros(2)
     for rows in np.split(data.held, range(model.config.batch, len(data.held), model.config.batch)):
@@ -240,7 +237,7 @@ def held_out(model, data, device):
     return {"held_out_distortion": distortion, "held_out_rate": rate, "held_out_nelbo_bits": bits}
 
 def save_pictures(run, model, ae, data, step, device):
-    """Held-out images, their reconstructions, and samples, eight of each class, guided if they can be."""
+    """Held-out images, their reconstructions, and samples: eight of each class, guided if they can be."""
     config, held = model.config, data.held if len(data.held) else data.train
     x, label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
     low_res = lvae.shrink(x, config) if config.upsample else None
@@ -258,8 +255,8 @@ def save_pictures(run, model, ae, data, step, device):
 
 # ---------------------------------------------------------------- stage one: the autoencoder
 def train_dae(run, config, size, images, rows, wanted, device, dtype):
-    """Train an autoencoder on rows of images (Section 3.1), on every process; resumes from OUT/dae.pt."""
-    require(not config.codebook, "--dae train trains KL autoencoders, not VQ ones: --dae-codebook 0")
+    """Train an autoencoder on rows of images (Section 3.1); resumes from OUT/dae.pt."""
+    require(not config.codebook, "--dae train trains KL autoencoders: --dae-codebook 0")
     require(size >= 32 or not config.adversarial_weight, "an adversary needs --image-size 32 or more")
     if device.type == "xla":  # there the hosts train
         device, dtype = setup("cpu", run.precision)
@@ -271,7 +268,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     optimizers = daes.make_optimizers(parts, config)
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     wanted = wanted | {"dae_options": asdict(config)}
-    facts = {"run": wanted} | resume(begun(path, daes.read, wanted), everything, path)
+    facts = {"run": wanted} | resume(begun(path, daes.read, wanted), everything)
     perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
 
@@ -284,11 +281,10 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     batches = read_ahead(batch, itertools.count(facts["step"]))
 
     def update(step):
-        started, x = time.time(), to_tensor(next(batches)).to(device)
-        shape = config.batch, config.z_channels, size // config.f, size // config.f
-        stats = daes.train_step(parts, optimizers, x, torch.randn(shape, device=device)[mine], step,
-                                perceptual, average, lvae.autocast(device, dtype))
-        return stats | {"images_per_s": config.batch / (time.time() - started)}
+        x, side = to_tensor(next(batches)).to(device), size // config.f
+        noise = torch.randn(config.batch, config.z_channels, side, side, device=device)[mine]
+        return daes.train_step(parts, optimizers, x, noise, step, perceptual, average,
+                               lvae.autocast(device, dtype))
 
     def look(step):
         good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
@@ -299,7 +295,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     return parts["dae"].eval()
 
 def read_ahead(read, items):
-    """read(item) of every item, in order; up to four of them are read in threads while one is used."""
+    """read(item) of every item, in order; four threads read ahead."""
     items = iter(items)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(read, item) for item in itertools.islice(items, 4)]
@@ -318,7 +314,7 @@ def load_batch(data, rows, config, device, view=0):
     return lvae.normalise(torch.from_numpy(h).to(device), config), label
 
 def read_latents(path, holdout):
-    """An .npz with `latents` (N, C, H, H) and optional `labels` (N,) -> Data. Raises ValueError."""
+    """An .npz with `latents` (N, C, H, H) and perhaps `labels` (N,) -> Data."""
     with explained(f"{path}: expected latents (N, C, H, H), finite numbers"), np.load(path) as file:
         h, labels = file["latents"], None
         require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
@@ -329,9 +325,10 @@ def read_latents(path, holdout):
 
 @torch.no_grad()
 def encode_all(run, ae, size, images, rows, device, dtype):
-    """Encode all images, once, on the first process -> Data. The latents, NaN for bad images, stay in OUT."""
+    """Encode all images, once -> Data. The latents, NaN for bad images, stay in OUT."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
-    key = hashlib.sha256(repr((images.listing, size, run.flip, sums)).encode()).hexdigest()[:16]
+    times = [os.path.getmtime(name) for name in images.names if os.path.isfile(name)]
+    key = hashlib.sha256(repr((images.names, times, size, run.flip, sums)).encode()).hexdigest()[:16]
     path, side = os.path.join(run.out, f"latents_{key}.npy"), size // ae.config.f
     shape = len(images.names), 1 + run.flip, ae.config.z_channels, side, side  # (N, views, C, h, w)
     batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
@@ -342,8 +339,6 @@ def encode_all(run, ae, size, images, rows, device, dtype):
         decoded = read_ahead(lambda some: [images.read(i) for i in some], parts)
         blank = np.zeros((size, size, 3), np.uint8)
         for part in tqdm(decoded, "encoding", len(parts)):
-            if asked:
-                raise KeyboardInterrupt
             x = to_tensor([blank if image is None else image for image in part]).to(device)
             with lvae.autocast(device, dtype):
                 h = torch.stack([ae.encode(view) for view in [x, x.flip(3)][:shape[1]]], dim=1)
@@ -351,12 +346,8 @@ def encode_all(run, ae, size, images, rows, device, dtype):
             h[[image is None or not np.isfinite(row).all() for row, image in zip(h, part)]] = np.nan
             file.write(h.astype(np.float16).tobytes())
     if world()[0] == 0 and not os.path.exists(path):
-        for old in Path(run.out).glob(f"latents_{16 * '[0-9a-f]'}.npy"):
-            old.unlink()
-        with contextlib.suppress(KeyboardInterrupt):
-            daes.write(path, save)
-    if asked_to_stop():  # all processes wait here
-        sys.exit()
+        daes.write(path, save)
+    asked_to_stop()  # all processes wait here
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
     say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
@@ -365,7 +356,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     return Data(h, images.labels, train, held, images.classes)
 
 def split(count, share):
-    """Indices (training, held out): a fixed shuffle, the same for every run on the same data."""
+    """Indices (training, held out): a fixed shuffle."""
     order = np.random.default_rng(0).permutation(count)
     held = min(round(share * count), 2000, count - 1)
     return np.sort(order[held:]), np.sort(order[:held])
@@ -375,21 +366,20 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 def batch_indices(seed, count, batch, number):
-    """Batch `number` of an endless pass over `count` items, shuffled anew each epoch: a pure function."""
+    """Batch `number` of an endless pass over `count` items, shuffled anew each epoch."""
     places = range(number * batch, (number + 1) * batch)
     return np.array([epoch_order(seed, place // count, count)[place % count] for place in places])
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # start no program
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes: no picture is lost for its text
 
 class Images:
-    """Names, open(i), which raises on a bad one, a listing, which changes as files do, labels, classes."""
-    def __init__(self, names, open, listing=None, labels=None, classes=()):
-        self.names, self.open, self.listing, self.bad = names, open, listing, set()
+    """Names, open(i), which raises on a bad one, labels, classes."""
+    def __init__(self, names, open, labels=None, classes=()):
+        self.names, self.open, self.bad = names, open, set()
         self.labels, self.classes = np.zeros(len(names), int) if labels is None else labels, list(classes)
 
     def read(self, i):
-        """Image i, (size, size, 3) uint8; None for a bad one, which it names once."""
+        """Image i, (size, size, 3) uint8; None for a bad one, which is named once."""
         if i not in self.bad:
             try:
                 return self.open(i)
@@ -398,17 +388,17 @@ class Images:
                 tqdm.write(printable(f"skipped {self.names[i]}: {str(e) or type(e).__name__}"))
 
     def first_good(self, rows, start):
-        """The first of `rows`, from `start` on, that is not bad. Raises ValueError if all are."""
+        """The first of `rows`, from `start` on, that is not bad."""
         images = map(self.read, itertools.chain(rows[start:], rows[:start]))
         image = next((image for image in images if image is not None), None)
         require(image is not None, f"no usable image among {len(rows)}")
         return image
 
 def open_images(path, size, known=()):
-    """The images of a folder, an LSUN LMDB or the toy ('', 'toy'), of known classes if any. ValueError."""
+    """The images of a folder, an LSUN LMDB or the toy ('', 'toy'), of known classes if any."""
     if path in ("", "toy"):
         names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
-        images = Images(names, lambda i: toy(i, size)[0], "toy", labels, BREADTH)
+        images = Images(names, lambda i: toy(i, size)[0], labels, BREADTH)
     elif os.path.exists(os.path.join(path, "data.mdb")):
         with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
             import lmdb
@@ -416,24 +406,22 @@ def open_images(path, size, known=()):
             with env.begin() as txn:
                 keys = list(txn.cursor().iternext(values=False))
         images = Images([key.decode(errors="replace") for key in keys],
-                        lambda i: read_image(BytesIO(env.begin().get(keys[i])), size),
-                        os.path.getmtime(os.path.join(path, "data.mdb")))
+                        lambda i: read_image(BytesIO(env.begin().get(keys[i])), size))
     else:
         files = list_images(path)
-        require(files, f"{path}: no image found (expected a folder of .jpg, .png, ... at any depth)")
-        names, states = [os.path.relpath(file, path) for file in files], map(os.stat, files)
-        listing = [(name, state.st_size, state.st_mtime_ns) for name, state in zip(names, states)]
-        images = Images(files, lambda i: read_image(files[i], size), listing)
+        require(files, f"{path}: no image found (expected a folder of .jpg, .png, ..)")
+        images = Images(files, lambda i: read_image(files[i], size))
+        names = [os.path.relpath(file, path) for file in files]
         parents = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
         classes, labels = np.unique(parents, return_inverse=True)
-        if "" not in classes and len(classes) > 1:  # all lie in sub-folders, and there are several
+        if "" not in classes and len(classes) > 1:  # all in sub-folders
             images.classes, images.labels = classes.tolist(), labels
     if known:
         relabel(images, known, path)
     return images
 
 def list_images(path):
-    """The files of all images below a folder, sorted; each folder once, and none of a run."""
+    """All image files below a folder, sorted; each folder once, and none of a run."""
     endings = tuple(e for e, kind in Image.registered_extensions().items() if kind in FORMATS)
     seen, files = set(), []
     for folder, inside, names in os.walk(path, followlinks=True):
@@ -448,16 +436,16 @@ def list_images(path):
     return sorted(files, key=lambda file: file.split(os.sep))
 
 def relabel(images, classes, what):
-    """Number the images' classes as in `classes`, by name. Raises ValueError for one that is not there."""
+    """Number the images' classes as in `classes`, by name."""
     strange = sorted(set(images.classes) - set(classes))
     require(images.classes and not strange,
-            f"{what}: sub-folders are {strange[:1] or 'fewer than two'}, expected classes {classes[:5]} ..")
+            f"{what}: sub-folders {strange[:1] or 'fewer than two'}, expected classes {classes[:5]} ..")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
 def read_image(source, size):
     """An image (path or file object) -> (size, size, 3) uint8: EXIF-rotated, numbers to 8 bits as README
-    says, transparency over white, short side to `size`, centre cut. Raises OSError."""
+    says, transparency over white, short side to `size`, centre cut."""
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         image.draft("RGB", (2 * size, 2 * size))  # a JPEG decoder skips what shrinking discards
@@ -466,8 +454,7 @@ def read_image(source, size):
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, np.float64)
             require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")
-            whole = (255, 65535) if image.format == "TIFF" and image.tag_v2[258] == (32,) else (65535,)
-            tops = (1, 255, 65535) if image.mode == "F" else whole
+            tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, [65535])  # else I;16
             top = min(top for top in tops if values.max() <= top)
             image = Image.fromarray((values / top * 255).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -496,7 +483,7 @@ def save_picture(path, rows, row_names=(), column_names=()):
     daes.write(path, lambda file: sheet.save(file, kind))
 
 def save_checkpoint(path, facts, parts):
-    """Replace a checkpoint, whole or not at all, by facts and the states of modules and optimizers."""
+    """Write a checkpoint: facts, and the states of modules and optimizers."""
     if world()[0] == 0:
         state = facts | {name: part.state_dict() for name, part in parts.items()}
         state = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
@@ -526,11 +513,11 @@ def released_checkpoint(state, path):
                     "dae": daes.find(state, path)[0], "dataset": dataset}
 
 @torch.no_grad()
-def resume(start, parts, path):
-    """Put a checkpoint's state, if any, into modules and optimizers; returns the progress. ValueError."""
+def resume(start, parts):
+    """Put a checkpoint's state, if any, into modules and optimizers; returns the progress."""
     for name in parts.keys() & start.keys():
         part, state = parts[name], start[name]
-        with explained(f"{path}: the {name} in it does not fit"):
+        with explained(f"the {name} of the checkpoint does not fit"):
             state = {key: state[key] for key in part.state_dict()}  # adversaries once had statistics, too
             if isinstance(part, torch.optim.Optimizer):  # rate and implementation are this device's
                 state["param_groups"] = part.state_dict()["param_groups"]
@@ -540,11 +527,11 @@ def resume(start, parts, path):
                     if value.shape == parameter.shape:  # in the memory format that fused Adam expects
                         moments[key] = torch.empty_like(parameter).copy_(value)
     if start.get("step"):
-        say(f"resuming {path} at step {start['step']}")
+        say(f"resuming at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
 
 def begun(path, read, wanted):
-    """What `read` finds in a stage's file; {} before its first step. ValueError if it was begun otherwise."""
+    """What `read` finds in a stage's file; {} before its first step. Refused if it was begun otherwise."""
     state = read(path) if os.path.exists(path) else {}
     run = state.get("run", {}) if isinstance(state, dict) else {}
     if not state or run and state.get("step") == 0:  # all may change yet, as memory may run out
@@ -552,15 +539,14 @@ def begun(path, read, wanted):
     known = run | (asdict(state["config"]) if read is load_checkpoint else {})
     free = "out device precision compile log_every every dae_preset steps recompute".split()
     for name, value in wanted.items():
-        may_differ = name in free or (name, value) == ("scale", 0)  # 0: it was measured
         was = known.get(name)
         same = was == value or str(was).rstrip("/") == str(value).rstrip("/")  # photos/
-        require(may_differ or same, f"{path} was trained with {name} = {was}, asked for {value}: "
-                "give the same options to resume, or another --out")
+        require(same or name in free or (name, value) == ("scale", 0),  # 0: it was measured
+                f"{path} was trained with {name} = {was}, not {value}: the same options, or another --out")
     return state
 
 def claim(out):
-    """Make a run's folder, and lock its log until what is returned is closed. ValueError if another has."""
+    """Make a run's folder, and lock its log until what is returned is closed."""
     os.makedirs(out, exist_ok=True)
     log = open(os.path.join(out, "log.jsonl"), "a+b")
     if world()[0] == 0:
@@ -574,9 +560,9 @@ def claim(out):
 
 # ---------------------------------------------------------------- devices and processes
 def setup(name="auto", precision="auto"):
-    """--device and --precision -> device and dtype of convs; joins torchrun's other processes. ValueError."""
+    """--device and --precision -> device and dtype of convs; joins torchrun's other processes."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun: a GPU for each process
     with explained(f"--device {name} cannot be used"):
@@ -585,10 +571,10 @@ def setup(name="auto", precision="auto"):
         device = torch.empty(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with contextlib.suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory
-        libc = ctypes.CDLL(None)  # (clearing it anew is a fifth of decoding):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: they are of the heap too
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: up to 2 GiB stay free
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory:
+        libc = ctypes.CDLL(None)  # clearing it anew is a fifth of decoding
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: all is of the heap
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
         atexit.register(dist.destroy_process_group)  # its threads end before the interpreter
@@ -607,9 +593,9 @@ def world():
     return int(os.environ["RANK"]) if count > 1 else 0, count
 
 def my_part(batch):
-    """The slice of a batch that this process takes. ValueError where the processes do not divide it."""
+    """The slice of a batch that this process takes."""
     rank, count = world()
-    require(batch % count == 0, f"a batch of {batch} for {count} processes: it must be a multiple of {count}")
+    require(batch % count == 0, f"{count} processes need a batch that is a multiple of {count}, not {batch}")
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
 def say(text):
@@ -632,15 +618,15 @@ def average(tensors):
     if xla:
         xla.sync()  # a step is two programs, each compiled once
 
-asked = []  # the names of signals that ask to stop: looked at between steps
+asked = []  # names of signals that came: looked at between steps
 
 def ask(number, frame):
-    """What SIGTERM and Ctrl-C do in training; a second one ends at once."""
+    """What SIGTERM and Ctrl-C do; a second one ends at once."""
     asked.append(signal.Signals(number).name)
     signal.signal(number, signal.SIG_DFL)
 
 def asked_to_stop():
-    """Whether a signal came, to any process: all get the same answer, and so wait here for each other."""
+    """Whether a signal came, to any process. All wait here for each other."""
     flag = torch.tensor([float(len(asked))])
     if world()[1] > 1:
         average([flag])
@@ -653,7 +639,7 @@ def values(text):
                  for word in text.split(",") if word)
 
 def parse(argv):
-    """Command line -> Run, and the options given for the LVAE and for the autoencoder. Raises ValueError."""
+    """Command line -> Run, and the options given for the LVAE and for the autoencoder."""
     parser = daes.Parser(description=__doc__, argument_default=argparse.SUPPRESS)
     kinds = ("run", "", Run), ("lvae", "", lvae.Config), ("dae", "dae_", daes.Config)
     choices = {"precision": ("auto", "bf16", "fp32"), "compile": ("auto", "yes", "no"),
@@ -665,9 +651,9 @@ def parse(argv):
             more = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": values},
                     str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": number})
             shown = f" ({f.default})" if kind is Run and f.default != "" else ""
-            text = f.metadata["help"].replace("%", "%%") + shown
             if f.name != "first_stage":  # decided by --dae
-                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text, **more)
+                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=f.metadata["help"] + shown,
+                                     **more)
     given = vars(parser.parse_args(argv))
     run, model_options, dae_options = (
         {f.name: given[prefix + f.name] for f in fields(kind) if prefix + f.name in given}
@@ -678,20 +664,20 @@ def parse(argv):
     npz, for_images = run.data.endswith(".npz"), run.flip or run.val or run.image_size
     require(run.holdout < 1, "--holdout is a share, below 1")
     require(run.data or run.dataset.startswith("toy"),
-            f"{run.dataset} needs --data, say church_outdoor_train_lmdb of http://dl.yf.io/lsun/scenes")
+            f"{run.dataset} needs --data, say http://dl.yf.io/lsun/scenes' church_outdoor_train_lmdb")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
     require(not npz or not for_images and run.dae not in ("train", "none"),
-            "--flip, --val, --image-size, --dae train and none are for images, not for an .npz of latents")
+            "--flip, --val, --image-size, --dae train and none are not for an .npz of latents")
     require(run.device != "xla" or run.compile != "yes" and not model_options.get("recompute"),
-            "--compile and --recompute are not for XLA devices")
+            "--compile and --recompute are not for XLA")
     return run, model_options, dae_options
 
 def main(argv=None):
-    """The command line; for XLA a process for each device."""
+    """The command line; for XLA a process per device."""
     arguments = parse(argv)
     if arguments[0].device != "xla":
         return train_both(0, *arguments)
-    with explained("--device xla needs torch_xla and the torch it was built for"):
+    with explained("--device xla needs torch_xla and its torch"):
         import torch_xla
     torch_xla.launch(train_both, args=arguments)
 
