@@ -1,7 +1,7 @@
 """A deep hierarchical VAE with classifier-free guidance, in one file: model, objective and update.
 
 The second stage of "High Fidelity Image Synthesis With Deep VAEs In Latent Space" (Luhman & Luhman, 2023):
-latent groups z_1 .. z_L that model the latents of an image autoencoder (dae.py), or pixels.
+groups z_1 .. z_L that model the latents of an autoencoder (dae.py), or pixels.
 
     log p(x) >= E_q [ log p(x|z) ] - sum_i E_q [ KL( q(z_i | z_<i, x) || p(z_i | z_<i) ) ]           (Eq. 1)
                  - distortion                          rate, one KL per latent group
@@ -47,7 +47,7 @@ class Config:
     resolution: int = knob(32, "side of the data, --image-size over f: 4, 8, 16, ..", 4)
     data_channels: int = knob(4, "channels of the data", 1)
     num_classes: int = knob(0, "0: unconditional")
-    first_stage: str = knob("kl-f8", "the autoencoder: of dae.PRESETS, train, file, none (pixels), latents")
+    first_stage: str = knob("kl-f8", "autoencoder: of dae.PRESETS, train, file, none (pixels), latents")
     shift: float = knob(0.0, "data are normalised to (h - shift) / scale", -math.inf)
     scale: float = knob(1.0, "likewise; 0: measure both on the data")
     width: int = knob(192, "channels of the top-down path, times mult", 1)
@@ -57,19 +57,19 @@ class Config:
     groups: tuple = knob((8, 8, 8, 8, 8), "latent groups per level", 1)
     encoder_layers: tuple = knob((4, 4, 4, 4, 4), "encoder blocks per level", 1)
     attention_layers: tuple = knob((4, 4, 4, 0, 0), "attention layers per level, at most, in each path")
-    heads: tuple = knob((4, 8, 8, 0, 0), "attention heads per level, divisors of its widths")
+    heads: tuple = knob((4, 8, 8, 0, 0), "heads per level, divisors of its widths")
     z_dim: int = knob(16, "channels of a latent group", 1)
     hierarchical_prior: bool = knob(False, "learn p(z_i | z_<i); guidance acts on it")
     attention: str = knob("sdpa", "sdpa, or released: the bug in the authors' weights")
     upsample: int = knob(0, "factor of an upsampler, 2, 4, ..; 0: none")
-    sigma_q: float = knob(0.07, "std of the noise around the normalised target (App. B)", 1e-6)
+    sigma_q: float = knob(0.07, "std of the noise around the target (App. B)", 1e-6)
     spectral_weight: float = knob(0.1, "weight of the spectral term")
     kl_schedule: tuple = knob(("shifted_exp", 1000, 10), "shifted_exp,scale,shift; constant_per,A,B,..; none")
     label_dropout: float = knob(0.1, "share trained without the label, for guidance")
     batch: int = knob(128, "samples per forward pass, over all processes", 1)
     accumulate: int = knob(1, "batches per step", 1)
     lr: float = knob(2e-4, "learning rate of Adam", 1e-12)
-    warmup: int = knob(100, "steps of linear learning-rate warm-up")
+    warmup: int = knob(100, "steps of linear warm-up")
     lr_decay: float = knob(0.0, "share of the steps, the last, in which the rate falls to 0")
     ema: float = knob(0.9999, "decay of the weights' average per step, reached gradually")
     skip_threshold: float = knob(300.0, "gradient norm per data dimension to skip, after step 1000")
@@ -82,8 +82,6 @@ class Config:
                 value, sides = getattr(self, name), resolutions(self)
                 raise ValueError(f"config: {name} {value} ({known[name]['help']}; levels {sides})")
         known = {f.name: f.metadata for f in fields(self)}
-        for name in (*PER_LEVEL, "kl_schedule"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists come back from files
         for name, value in vars(self).items():
             values = value if isinstance(value, tuple) else [value]
             need(name, all(isinstance(v, str) or known[name]["low"] <= v < math.inf for v in values))
@@ -96,22 +94,20 @@ class Config:
             need(name, [type(value) for value in getattr(self, name)] == [int] * levels)
         for m, a, h in zip(self.mult, self.attention_layers, self.heads):
             need("heads", not a or h and self.width * m % h == self.encoder_width * m % h == 0)
-        need("kl_schedule", len(weights) == {"none": 0, "shifted_exp": 2, "constant_per": levels}.get(kind))
-        need("kl_schedule", 0 not in weights[:1] and not any(isinstance(weight, str) for weight in weights))
+        need("kl_schedule", len(weights) == {"none": 0, "shifted_exp": 2, "constant_per": levels}.get(kind)
+             and 0 not in weights[:1] and str not in map(type, weights))
 
 def resolutions(config):
     """Side of each level, finest first: halved to 4, then 1 (an upsampler's stop at its input's size)."""
-    last = max(1, config.resolution // config.upsample) if config.upsample else 4
-    sides = [config.resolution]
-    while sides[-1] > last:
-        sides.append(sides[-1] // 2)
-    return sides if config.upsample else sides + [1]
+    side, factor = config.resolution, config.upsample
+    sides = [side >> halvings for halvings in range((factor or side // 4).bit_length())]
+    return sides if factor else sides + [1]
 
 def guidance_levels(config, weight):
     """The paper's mean guidance, coarsest first: `weight`, but 0 at 1x1, where it saturates colours."""
     return [0.0 if side == 1 else weight for side in reversed(resolutions(config))]
 
-# Table 5; bedroom-f4's multipliers, printed as ones, are those that give its 96.2M. The toys are ours.
+# Table 5; bedroom-f4's multipliers, printed as ones, are those that give 96.2M. The toys are ours.
 _PIXELS = dict(data_channels=3, first_stage="none", shift=127.5, scale=127.5)
 _BIG_PIXELS = dict(_PIXELS, resolution=256, width=64, encoder_width=64, sigma_q=0.05, spectral_weight=0.25,
                    batch=32, accumulate=4, lr=1e-4)
@@ -165,11 +161,11 @@ def adapted(config, channels, resolution, num_classes):
     return replace(config, resolution=resolution, data_channels=channels, num_classes=num_classes, **lists)
 
 def normalise(h, config):
-    """Raw latents or 0..255 pixels h -> data of about unit variance, clipped to +-4 (Section 3.1)."""
+    """Raw latents or 0..255 pixels h -> data of about unit variance (Section 3.1)."""
     return ((h - config.shift) / config.scale).clamp(-4, 4)
 
 def denormalise(x, config):
-    """The inverse of `normalise`."""
+    """Its inverse."""
     return x * config.scale + config.shift
 
 # ---------------------------------------------------------------- Gaussians (always fp32)
@@ -181,7 +177,7 @@ def autocast(device, dtype):
 Gaussian = namedtuple("Gaussian", "mean var")                  # (B, z, H, W) each
 
 def gaussian(params):
-    """Mean and raw variance stacked (B, 2z, H, W) -> Gaussian. Raw 0 is variance 1; logs stay finite."""
+    """Mean and raw variance (B, 2z, H, W) -> Gaussian. Raw 0 is variance 1; logs stay finite."""
     mean, raw = params.float().chunk(2, dim=1)
     return Gaussian(mean, F.softplus(raw, beta=0.693).clamp_min(1e-30))
 
@@ -194,11 +190,9 @@ def whiten(z, prior):
     """The noise under the prior that gives z (Section 5.2)."""
     return (z - prior.mean) / prior.var.sqrt()
 
-def guide(conditional, unconditional, mean_weight, variance_weight):
-    """The guided prior (Eq. 2): from the unconditional Gaussian through the conditional one, and on."""
-    mean = conditional.mean + mean_weight * (conditional.mean - unconditional.mean)
-    var = conditional.var * (conditional.var / unconditional.var) ** variance_weight
-    return Gaussian(mean, var)
+def guide(c, u, mean_weight, variance_weight):
+    """The guided prior (Eq. 2): from the unconditional Gaussian u through the conditional c, and on."""
+    return Gaussian(c.mean + mean_weight * (c.mean - u.mean), c.var * (c.var / u.var) ** variance_weight)
 
 # ---------------------------------------------------------------- layers
 def conv(c_in, c_out, kernel=1, scale=1.0, bias=True):
@@ -206,7 +200,7 @@ def conv(c_in, c_out, kernel=1, scale=1.0, bias=True):
     return scaled_(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias), scale)
 
 def scaled_(layer, scale=1.0):
-    """Xavier-uniform times a scale, zero bias. The scales keep a deep stack near the identity."""
+    """Xavier-uniform times a scale, which keeps a deep stack near the identity; zero bias."""
     nn.init.xavier_uniform_(layer.weight, gain=scale)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -304,7 +298,7 @@ def run_block(config, block, *inputs):
 
 # ---------------------------------------------------------------- the two paths
 class Encoder(nn.Module):
-    """Bottom-up path: data (B, C, H, W) -> the features of every level, finest first."""
+    """Bottom-up: data (B, C, H, W) -> the features of every level, finest first."""
     def __init__(self, config, label_dim):
         super().__init__()
         self.config = config
@@ -328,7 +322,7 @@ class Encoder(nn.Module):
                 x = run_block(self.config, layer, x, label) if isinstance(layer, Block) else layer(x)
         return features + [x]
 
-# A latent group's prior, posterior (None when generating), both Gaussians, and value (B, z, H, W).
+# A group's prior and posterior (None when generating), Gaussians, and value (B, z, H, W).
 Latent = namedtuple("Latent", "prior posterior z")
 
 class TopDownBlock(nn.Module):
@@ -374,7 +368,7 @@ class TopDownBlock(nn.Module):
         return self.shared_block(x, label), Latent(prior, posterior, z)
 
 # ---------------------------------------------------------------- the model
-# p(x|z): mean, logvar (B, C, H, W); KL per group (L, B), nats; penalty, unweighted; L Latents, top-down.
+# p(x|z): mean, logvar (B, C, H, W); KL per group (L, B), nats; penalty, unweighted; L Latents.
 Output = namedtuple("Output", "mean logvar kl spectral latents")
 
 class LVAE(nn.Module):
@@ -383,7 +377,7 @@ class LVAE(nn.Module):
         super().__init__()
         self.config = config
         sides, widths = resolutions(config), [config.width * m for m in config.mult]
-        self.sides = sides[::-1]  # coarsest first, as self.levels
+        self.sides = sides[::-1]  # as self.levels
         label_dim = widths[-1] if config.num_classes else 0
         scale = 1 / math.sqrt(sum(config.groups))
         self.embedding = nn.Embedding(config.num_classes + 1, label_dim) if label_dim else None  # + "none"
@@ -460,7 +454,7 @@ class LVAE(nn.Module):
         return [shape for shape, count in zip(shapes, self.config.groups[::-1]) for _ in range(count)]
 
     def _top_down(self, n, label, noise, low_res, evidence=None, guidance=None, temperature=1.0, size=None):
-        """The one top-down path. Posterior if there is evidence, per level (features, label), else prior."""
+        """The one top-down path: posterior if there is evidence, per level (features, label), else prior."""
         config, shapes = self.config, [(n, *shape) for shape in self.latent_shapes(size)]
         noise = noise or [None] * len(shapes)
         fits = [eps.shape == shape for eps, shape in zip(noise, shapes) if torch.is_tensor(eps)]
@@ -471,7 +465,7 @@ class LVAE(nn.Module):
             raise ValueError(f"low_res: expected {expected}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
         if guidance is not None:
-            x = torch.cat([x, x])  # two streams: with and without the label
+            x = torch.cat([x, x])  # with and without the label
         latents, nothing = [], [None] * len(self.levels)
         for layers, seen, weights in zip(self.levels, evidence or nothing, guidance or nothing):
             for layer in layers:
@@ -487,7 +481,7 @@ class LVAE(nn.Module):
         return mean, logvar, latents
 
     def _embed(self, label, n, drop=None):
-        """Labels -> embeddings (n, label_dim), or None. drop (n,) bool: whose label becomes "no label"."""
+        """Labels -> embeddings (n, label_dim), or None. drop (n,) bool: for whom it is "no label"."""
         classes, device = self.config.num_classes, self.out_proj.weight.device
         if label is None and not classes:
             return None
@@ -495,7 +489,7 @@ class LVAE(nn.Module):
         if label.is_floating_point():
             return label.to(device)
         if label.device.type == "cpu" and not ((label >= 0) & (label <= classes) & (classes > 0)).all():
-            raise ValueError(f"label {label.tolist()} is out of range: this model has {classes} classes")
+            raise ValueError(f"label {label.tolist()} is out of range: {classes} classes")
         label = label.to(device, torch.long).expand(n)
         return self.embedding(label if drop is None else torch.where(drop, classes, label))
 
@@ -552,7 +546,7 @@ def place(module, device, dtype=torch.float32):
     return module.to(device) if device.type == "xla" else module.to(device, memory_format=torch.channels_last)
 
 def make_optimizer(model):
-    """Adam with the paper's betas (App. B). Its rate is a tensor: on XLA each new number is a new program."""
+    """Adam as in App. B. Its rate is a tensor: on XLA each new number is a new program."""
     rate = torch.full((1,), model.config.lr, device=next(model.parameters()).device)
     kind = {"capturable": True} if rate.device.type == "xla" else {"fused": True}
     return torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.9), **kind)
@@ -599,7 +593,7 @@ _RELEASED = [("encoder.encoder_levels", "encoder.levels"), (".layer_list.", ".")
              (".outproj.", ".out."), ("outproj", "out_proj")]
 
 def from_released(state_dict):
-    """The authors' weights, which lack the vectors u, -> a state_dict for attention="released"."""
+    """The authors' weights, which lack u -> a state_dict for attention="released"."""
     state = {}
     for name, value in state_dict.items():
         ours = name

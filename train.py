@@ -12,7 +12,6 @@ samples/*.png. The same command again resumes, on a CPU to the last bit.
 """
 import argparse
 import atexit
-import contextlib
 import copy
 import ctypes
 import hashlib
@@ -24,6 +23,7 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -95,13 +95,13 @@ def log(run, stage, step, stats):
     """Append to log.jsonl, in one write; of a step run twice the later line counts."""
     values = {name: value.tolist() if torch.is_tensor(value) else value for name, value in stats.items()}
     if world()[0] == 0:
-        with open(os.path.join(run.out, "log.jsonl"), "a") as file:
+        with open(f"{run.out}/log.jsonl", "a") as file:
             file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
 
 # ---------------------------------------------------------------- what happens in which order
 def train_both(index, run, model_options, dae_options):
     """One process (XLA's `index`) of a run: first stage, latents, second stage."""
-    with contextlib.suppress(ValueError):  # only the main thread may
+    with suppress(ValueError):  # only the main thread may
         signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGINT, ask)
     device, dtype = setup(run.device, run.precision)
     wanted, npz = asdict(run) | {"dae_options": dae_options}, run.data.endswith(".npz")
@@ -132,7 +132,7 @@ def train_both(index, run, model_options, dae_options):
 
 def starting_point(run, options):
     """What to go on from (own checkpoint, --init's, preset), as load_checkpoint has it; its autoencoder."""
-    path = os.path.join(run.out, "checkpoint.pt")
+    path = f"{run.out}/checkpoint.pt"
     start = begun(path, load_checkpoint, options)
     if start:
         return start, autoencoder_of(start, path)
@@ -188,7 +188,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     seed_step(run.seed, 0)
     model = lvae.place(lvae.LVAE(config).train(), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
-    path, parts = os.path.join(run.out, "checkpoint.pt"), {"model": model, "ema": ema, "optimizer": optimizer}
+    path, parts = f"{run.out}/checkpoint.pt", {"model": model, "ema": ema, "optimizer": optimizer}
     facts = start | {"config": asdict(config), "classes": data.classes if config.num_classes else []}
     facts |= resume(start, parts)
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
@@ -250,8 +250,8 @@ def save_pictures(run, model, ae, data, step, device):
     seed_step(0, 0)  # the same at every step: progress shows
     samples = model.generate(None, label, 8 * rows, low_res=low_res, **guidance)
     parts = lvae.denormalise(torch.cat([x, rebuilt, samples]), config).split(8)
-    save_picture(os.path.join(run.out, "samples", f"{step:07d}.png"),
-                 [to_uint8(ae.decode(part)) for part in parts], ["encoded", "LVAE", *names])
+    images = [to_uint8(ae.decode(part)) for part in parts]
+    save_picture(f"{run.out}/samples/{step:07d}.png", images, ["encoded", "LVAE", *names])
 
 # ---------------------------------------------------------------- stage one: the autoencoder
 def train_dae(run, config, size, images, rows, wanted, device, dtype):
@@ -260,7 +260,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     require(size >= 32 or not config.adversarial_weight, "an adversary needs --image-size 32 or more")
     if device.type == "xla":  # there the hosts train
         device, dtype = setup("cpu", run.precision)
-    path, mine = os.path.join(run.out, "dae.pt"), my_part(config.batch)
+    path, mine = f"{run.out}/dae.pt", my_part(config.batch)
     seed_step(run.seed, 0)
     parts = {"dae": daes.Autoencoder(config).to(device)}
     if config.adversarial_weight:
@@ -290,7 +290,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
         good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
         with torch.no_grad(), lvae.autocast(device, dtype):
             rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
-        save_picture(os.path.join(run.out, "samples", f"dae_{step:06d}.png"), [good, to_uint8(rebuilt)])
+        save_picture(f"{run.out}/samples/dae_{step:06d}.png", [good, to_uint8(rebuilt)])
     loop(run, "dae", config.steps, path, facts, everything, update, look)
     return parts["dae"].eval()
 
@@ -329,7 +329,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
     times = [os.path.getmtime(name) for name in images.names if os.path.isfile(name)]
     key = hashlib.sha256(repr((images.names, times, size, run.flip, sums)).encode()).hexdigest()[:16]
-    path, side = os.path.join(run.out, f"latents_{key}.npy"), size // ae.config.f
+    path, side = f"{run.out}/latents_{key}.npy", size // ae.config.f
     shape = len(images.names), 1 + run.flip, ae.config.z_channels, side, side  # (N, views, C, h, w)
     batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
     parts = np.split(np.arange(shape[0]), range(batch, shape[0], batch))
@@ -399,7 +399,7 @@ def open_images(path, size, known=()):
     if path in ("", "toy"):
         names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
         images = Images(names, lambda i: toy(i, size)[0], labels, BREADTH)
-    elif os.path.exists(os.path.join(path, "data.mdb")):
+    elif os.path.exists(f"{path}/data.mdb"):
         with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
             import lmdb
             env = lmdb.open(path, readonly=True, lock=False, readahead=False)
@@ -449,7 +449,7 @@ def read_image(source, size):
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         image.draft("RGB", (2 * size, 2 * size))  # a JPEG decoder skips what shrinking discards
-        with contextlib.suppress(Exception):  # an EXIF that is none says nothing
+        with suppress(Exception):  # an EXIF that is none says nothing
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, np.float64)
@@ -464,7 +464,7 @@ def read_image(source, size):
 
 # ---------------------------------------------------------------- files
 def save_picture(path, rows, row_names=(), column_names=()):
-    """Save rows of uint8 images (H, W, 3), of any lengths, as one: JPEG or WebP if called so, else PNG."""
+    """Save rows of uint8 images (H, W, 3) as one: JPEG or WebP if called so, else PNG."""
     names = [[printable(name) for name in some or ()] for some in (row_names, column_names)]
     height, width = (np.max([image.shape[:2] for row in rows for image in row], axis=0) + 2).tolist()
     font = ImageFont.load_default(max(10, min(32, min(height, width) // 7)))
@@ -490,10 +490,10 @@ def save_checkpoint(path, facts, parts):
         daes.write(path, lambda file: torch.save(state, file))
 
 def load_checkpoint(path):
-    """A checkpoint.pt or a pipeline of the authors (a file, or church, bedroom, imagenet: downloaded) -> a
-    dict: config (lvae.Config), ema, dae, classes, dataset, run, step; ours also model, optimizer, skipped."""
+    """A checkpoint, or a pipeline of the authors (a file or its published name) -> a dict: config, a Config;
+    ema, dae, classes, dataset, run, step; ours also model, optimizer, skipped."""
     state = daes.read(path)
-    with explained(f"{path}: not a checkpoint of train.py's second stage, nor a pipeline of the paper"):
+    with explained(f"{path}: not a checkpoint of the second stage, nor a pipeline of the paper"):
         state = {"run": {}, "step": 0, "dataset": None} | state
         if "vae.encoder.in_proj.weight" in state:
             state |= released_checkpoint(state, path)
@@ -503,7 +503,7 @@ def load_checkpoint(path):
         return state | parts | {"config": config, "classes": list(map(str, state["classes"]))}
 
 def released_checkpoint(state, path):
-    """A pipeline of the authors, tensors dae.* and vae.* whose shapes tell the preset, as our checkpoint."""
+    """A pipeline of the authors, dae.* and vae.*, as our checkpoint; shapes tell the preset."""
     ema = lvae.from_released({k.removeprefix("vae."): v for k, v in state.items() if k.startswith("vae.")})
     for dataset, preset in lvae.PRESETS.items():
         with torch.device("meta"):
@@ -539,18 +539,17 @@ def begun(path, read, wanted):
     known = run | (asdict(state["config"]) if read is load_checkpoint else {})
     free = "out device precision compile log_every every dae_preset steps recompute".split()
     for name, value in wanted.items():
-        was = known.get(name)
-        same = was == value or str(was).rstrip("/") == str(value).rstrip("/")  # photos/
-        require(same or name in free or (name, value) == ("scale", 0),  # 0: it was measured
+        was, measured = known.get(name), (name, value) == ("scale", 0)
+        require(name in free or measured or str(was).rstrip("/") == str(value).rstrip("/"),  # photos/
                 f"{path} was trained with {name} = {was}, not {value}: the same options, or another --out")
     return state
 
 def claim(out):
     """Make a run's folder, and lock its log until what is returned is closed."""
     os.makedirs(out, exist_ok=True)
-    log = open(os.path.join(out, "log.jsonl"), "a+b")
+    log = open(f"{out}/log.jsonl", "a+b")
     if world()[0] == 0:
-        with contextlib.suppress(ImportError):  # Windows has no locks of this kind
+        with suppress(ImportError):  # Windows has no locks of this kind
             import fcntl
             with explained(f"{out}: another process is training there: choose another --out"):
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -571,7 +570,7 @@ def setup(name="auto", precision="auto"):
         device = torch.empty(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with contextlib.suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory:
+    with suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory:
         libc = ctypes.CDLL(None)  # clearing it anew is a fifth of decoding
         libc.mallopt(-4, 0)  # M_MMAP_MAX: all is of the heap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
@@ -603,7 +602,7 @@ def say(text):
         print(printable(text), flush=True)
 
 def average(tensors):
-    """Replace tensors by their mean over all processes, in place: one message for all."""
+    """Put their mean over all processes into tensors: one message for all."""
     xla, count = sys.modules.get("torch_xla"), world()[1]
     if count > 1:
         flat = torch.cat([t.flatten().float() for t in tensors])
