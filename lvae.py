@@ -460,9 +460,6 @@ class LVAE(nn.Module):
         fits = [eps.shape == shape for eps, shape in zip(noise, shapes) if torch.is_tensor(eps)]
         if len(noise) != len(shapes) or not all(fits):
             raise ValueError(f"noise: expected one per group, {shapes}")
-        expected = n, config.data_channels, *shapes[0][2:]     # (B, C, H/f, W/f)
-        if config.upsample and getattr(low_res, "shape", None) != expected:
-            raise ValueError(f"low_res: expected {expected}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
         if guidance is not None:
             x = torch.cat([x, x])  # with and without the label

@@ -77,7 +77,7 @@ def loop(run, stage, steps, path, facts, parts, update, look):
         facts |= {"step": step, "skipped": stats["skipped"]}
         stopping, last = asked_to_stop(), step == steps
         if step % run.log_every == 0 or last:
-            average([value for value in stats.values() if torch.is_tensor(value)])
+            average(list(filter(torch.is_tensor, stats.values())))
             log(run, stage, step, stats)
             bar.set_postfix(loss=float(stats["loss"]))
         if step % run.every == 0 or last or stopping:
@@ -126,7 +126,6 @@ def train_both(index, run, model_options, dae_options):
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not config.scale:  # to be measured on up to 10,000 of the latents
             h = data.h[data.train[::1 + len(data.train) // 10_000], 0].astype(np.float32)
-            require(h.std() > 0, "nothing to learn from: all images are the same")
             config = replace(config, shift=float(h.mean()), scale=float(h.std()))
         train_lvae(run, config, ae, data, start | {"run": wanted}, device, dtype)
 
@@ -143,7 +142,7 @@ def starting_point(run, options):
         start = {name: known[name] for name in start} | {"model": known["ema"], "ema": known["ema"]}
     config, npz = start["config"], run.data.endswith(".npz")
     name = run.dae or ("--init's" if start["dae"] else "latents" if npz else config.first_stage)
-    require(name == "train" or not options["dae_options"], "--dae-... options are for --dae train")
+    require(name == "train" or not options["dae_options"], "--dae-.. options are for --dae train")
     if name == "none" and config.first_stage != name:
         start["config"] = replace(config, first_stage=name, shift=127.5, scale=127.5)
     if name in ("none", "--init's"):
@@ -193,8 +192,8 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     facts |= resume(start, parts)
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
-    say(f"data        {run.data or 'toy scenes'}: {len(data.train)} to train on, {len(data.held)} held out, "
-        + (f"{config.num_classes} classes" if config.num_classes else "unconditional"))
+    kind = f"{config.num_classes} classes" if config.num_classes else "unconditional"
+    say(f"data        {run.data or 'toy'}: {len(data.train)} to train on, {len(data.held)} held out, {kind}")
     say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, in {dtype}")
     say(f"config      {config}")
     mine, source = my_part(config.batch), "cpu" if device.type == "xla" else device
@@ -226,13 +225,13 @@ def train_lvae(run, config, ae, data, start, device, dtype):
 def held_out(model, data, device):
     """Held-out distortion and rate, nats per sample, and negative ELBO, bits per dimension."""
     seed_step(0, 0)
-    total = np.zeros(2)
-    for rows in np.split(data.held, range(model.config.batch, len(data.held), model.config.batch)):
-        x, label = load_batch(data, rows, model.config, device)
-        losses = lvae.objective(model(x, label), x, model.config)
+    config, total = model.config, np.zeros(2)
+    for rows in np.split(data.held, range(config.batch, len(data.held), config.batch)):
+        x, label = load_batch(data, rows, config, device)
+        losses = lvae.objective(model(x, label), x, config)
         total += len(x) * np.array([float(losses.distortion), float(losses.rate)])
     distortion, rate = total / len(data.held)
-    bits = lvae.bits_per_dim(distortion + rate, model.config)
+    bits = lvae.bits_per_dim(distortion + rate, config)
     tqdm.write(f"negative ELBO of {len(data.held)} held-out images: {bits:.4f} bits/dim")
     return {"held_out_distortion": distortion, "held_out_rate": rate, "held_out_nelbo_bits": bits}
 
@@ -273,7 +272,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
 
     def batch(number):
-        """Part `mine` of a batch, with --flip half of it mirrored; for a bad image the next good one."""
+        """Part `mine` of a batch, with --flip half of it mirrored."""
         mirror = np.random.default_rng((run.seed, number)).random(config.batch)[mine] < run.flip / 2
         indices = batch_indices(run.seed, len(rows), config.batch, number)[mine]
         good = [images.first_good(rows, index) for index in indices]
@@ -350,9 +349,9 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     asked_to_stop()  # all processes wait here
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
-    say(f"images: {len(good) - good.sum()} of {len(good)} are bad and left out")
+    say(f"images: {(~good).sum()} of {len(good)} are bad and left out")
     train, held = (some[good[some]] for some in rows)
-    require(len(train), f"no usable image to train on, of {len(good)}")
+    require(len(train), f"no usable image of {len(good)}")
     return Data(h, images.labels, train, held, images.classes)
 
 def split(count, share):
@@ -536,7 +535,7 @@ def begun(path, read, wanted):
     run = state.get("run", {}) if isinstance(state, dict) else {}
     if not state or run and state.get("step") == 0:  # all may change yet, as memory may run out
         return {}
-    known = run | (asdict(state["config"]) if read is load_checkpoint else {})
+    known = run | (asdict(state["config"]) if "config" in state else {})
     free = "out device precision compile log_every every dae_preset steps recompute".split()
     for name, value in wanted.items():
         was, measured = known.get(name), (name, value) == ("scale", 0)
@@ -551,7 +550,7 @@ def claim(out):
     if world()[0] == 0:
         with suppress(ImportError):  # Windows has no locks of this kind
             import fcntl
-            with explained(f"{out}: another process is training there: choose another --out"):
+            with explained(f"{out}: another process is training there"):
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         log.seek(0)
         log.truncate(log.read().rfind(b"\n") + 1)  # a kill may have torn its last line
@@ -570,8 +569,8 @@ def setup(name="auto", precision="auto"):
         device = torch.empty(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory:
-        libc = ctypes.CDLL(None)  # clearing it anew is a fifth of decoding
+    with suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory: clearing it anew
+        libc = ctypes.CDLL(None)  # is a fifth of decoding
         libc.mallopt(-4, 0)  # M_MMAP_MAX: all is of the heap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
@@ -659,13 +658,13 @@ def parse(argv):
         for _, prefix, kind in kinds)
     run = Run(**run)
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
-    run = replace(run, out=run.out or os.path.join("runs", name if run.dataset == "toy" else run.dataset))
-    npz, for_images = run.data.endswith(".npz"), run.flip or run.val or run.image_size
+    run = replace(run, out=run.out or f"runs/{name if run.dataset == 'toy' else run.dataset}")
+    for_images = run.flip or run.val or run.image_size or run.dae in ("train", "none")
     require(run.holdout < 1, "--holdout is a share, below 1")
     require(run.data or run.dataset.startswith("toy"),
             f"{run.dataset} needs --data, say http://dl.yf.io/lsun/scenes' church_outdoor_train_lmdb")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
-    require(not npz or not for_images and run.dae not in ("train", "none"),
+    require(not for_images or not run.data.endswith(".npz"),
             "--flip, --val, --image-size, --dae train and none are not for an .npz of latents")
     require(run.device != "xla" or run.compile != "yes" and not model_options.get("recompute"),
             "--compile and --recompute are not for XLA")
