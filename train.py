@@ -49,14 +49,14 @@ class Run:
     dae: str = knob("", "first stage: FILE, kl-f8, .. (downloaded), train, none (pixels); else the preset's")
     dae_preset: str = knob("small-f4", "what --dae train trains")
     out: str = knob("", "the run's folder, else runs/DATASET, or runs/ and the data folder's name")
-    image_size: int = knob(0, "side of the square images in pixels; 0: the preset's")
+    image_size: int = knob(0, "side of the square images; 0: the preset's")
     flip: bool = knob(False, "horizontal flips")
     val: str = knob("", "folder of held-out images")
     holdout: float = knob(0.05, "without --val: share of --data held out, at most 2000 images")
-    seed: int = knob(0, "of initialisation, order and noise")
+    seed: int = knob(0, "of weights, order and noise")
     device: str = knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
     precision: str = knob("auto", "auto: bf16 where the hardware has it")
-    compile: str = knob("auto", "torch.compile the LVAE; auto: on CUDA, for 500 steps or more")
+    compile: str = knob("auto", "torch.compile; auto: on CUDA, for 500 steps or more")
     log_every: int = knob(20, "steps between lines of log.jsonl", 1)
     every: int = knob(500, "steps between checkpoints, evaluations and sample grids", 1)
 
@@ -303,7 +303,7 @@ def read_ahead(read, items):
             waiting += [pool.submit(read, item) for item in itertools.islice(items, 1)]
 
 # ---------------------------------------------------------------- images and their latents
-# Raw latents (N, views, C, h, w); labels (N,) or None; the rows to train on and held out; the classes' names.
+# Raw latents (N, views, C, h, w); labels (N,) or None; rows to train on and held out; the classes' names.
 Data = namedtuple("Data", "h labels train held classes")
 
 def load_batch(data, rows, config, device, view=0):
@@ -319,7 +319,7 @@ def read_latents(path, holdout):
         require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
         if "labels" in file:
             labels = file["labels"].astype(np.int64)
-            require(labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6, "the labels")
+            require(labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6, "labels")
     return Data(h[:, None], labels, *split(len(h), holdout), [])
 
 @torch.no_grad()
@@ -399,7 +399,7 @@ def open_images(path, size, known=()):
         names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
         images = Images(names, lambda i: toy(i, size)[0], labels, BREADTH)
     elif os.path.exists(f"{path}/data.mdb"):
-        with explained(f"{path} is an LMDB: reading it needs `pip install lmdb`"):
+        with explained(f"{path} is an LMDB: it needs `pip install lmdb`"):
             import lmdb
             env = lmdb.open(path, readonly=True, lock=False, readahead=False)
             with env.begin() as txn:
@@ -438,7 +438,7 @@ def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name."""
     strange = sorted(set(images.classes) - set(classes))
     require(images.classes and not strange,
-            f"{what}: sub-folders {strange[:1] or 'fewer than two'}, expected classes {classes[:5]} ..")
+            f"{what}: sub-folders {strange[:1] or 'fewer than two'}, expected {classes[:5]} ..")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
@@ -448,7 +448,7 @@ def read_image(source, size):
     Image.init()
     with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as image:
         image.draft("RGB", (2 * size, 2 * size))  # a JPEG decoder skips what shrinking discards
-        with suppress(Exception):  # an EXIF that is none says nothing
+        with suppress(Exception):  # a broken EXIF says nothing
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, np.float64)
@@ -575,7 +575,7 @@ def setup(name="auto", precision="auto"):
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
-        atexit.register(dist.destroy_process_group)  # its threads end before the interpreter
+        atexit.register(dist.destroy_process_group)  # its threads end before Python
     fast = {"cpu": getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"),
             "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
             "xla": os.environ.get("PJRT_DEVICE") == "TPU"}
@@ -681,16 +681,16 @@ def main(argv=None):
 
 # ---------------------------------------------------------------- the toy scenes: a data set drawn by code
 BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.2, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.5,
-           "pyramid": 1.6, "mosque": 1.28}  # the width of each landmark as a multiple of its height
+           "pyramid": 1.6, "mosque": 1.28}  # widths of landmarks, as multiples of their heights
 WALLS = "eee2c8 d6a076 c06856 e2be7c cec6cc a2b4be f0eeea".split()
 ROOFS = "b04236 5472b2 427e74 8c624e 646274 d2923e 945a90".split()
 LANDS = "749e4e 9ea658 d4b880 608c6e e2e6ee b08a68".split()
-SKIES = (  # day, dusk, night and overcast: zenith, horizon, the light that tints the rest, the sun or moon
+SKIES = (  # day, dusk, night, overcast: zenith, horizon, the light that tints the rest, sun or moon
     ("5294de", "c4e2f4", (1, 1, 0.98), "#fff4be"), ("584a8a", "faa870", (0.96, 0.8, 0.74), "#ffd682"),
     ("12183e", "5868a0", (0.7, 0.75, 0.92), "#f0f0de"), ("8894a4", "ced4d8", (0.84, 0.87, 0.9), None))
 
 class Brush:
-    """Draws in a frame with y pointing up: its origin is the pixel (x, y) and its unit `unit` pixels long."""
+    """Draws with y pointing up, from the pixel (x, y), in units of `unit` pixels."""
     def __init__(self, canvas, x, y, unit):
         self.draw, self.x, self.y, self.unit = ImageDraw.Draw(canvas), x, y, unit
 
@@ -715,7 +715,7 @@ class Brush:
             self.draw.polygon(self.pixels([(x + width * dx, y + dy) for dx, dy in corners]), fill=colour)
 
 def landmark(name, rng, wall, roof, gap):
-    """The solids of a landmark one unit high, from back to front: paint, x, y, width, height, top, lit."""
+    """The solids of a landmark one unit high, back to front: paint, x, y, width, height, top, lit."""
     flip = rng.choice((-1, 1))
     if name == "church":
         yield from [(wall, -0.15 * flip, 0, 0.6, 0.3), (roof, -0.15 * flip, 0.3, 0.66, 0.2, 0.84, 1),
@@ -758,7 +758,7 @@ def landmark(name, rng, wall, roof, gap):
         yield from [(gap, x, 0, 0.15, 0.24, "arch") for x in (-0.27, 0, 0.27)]
 
 def toy(index, size=64):
-    """Scene `index` as a (size, size, 3) array of uint8, and its class."""
+    """Scene `index`, uint8 (size, size, 3), and its class."""
     rng = np.random.default_rng((1789, index))
     name, breadth = list(BREADTH.items())[index % len(BREADTH)]
     (zenith, haze, light, sun), *codes = [row[rng.integers(len(row))] for row in (SKIES, WALLS, ROOFS, LANDS)]
@@ -767,12 +767,12 @@ def toy(index, size=64):
     paints = (0.45 * haze + 140.25 * np.array(light), 0.62 * haze + 0.304 * ground,
               0.3 * haze + 0.56 * ground, 0.66 * ground, 0.3 * wall, wall, 0.7 * wall, roof, 0.7 * roof)
     cloud, far, near, shadow, dark, *paints = map(tuple, np.clip(paints, 0, 255).astype(int).tolist())
-    unit = rng.uniform(0.78, 1) * min(0.8, 0.92 / breadth)  # the landmark's height; it fits the frame
+    unit = rng.uniform(0.78, 1) * min(0.8, 0.92 / breadth)  # the landmark's height
     room = min(0.12, 0.47 - breadth * unit / 2)
     x, y, depth = rng.uniform((0.5 - room, 0.08, 0.05), (0.5 + room, 0.15, 0.16))
     horizon, side = y + depth, 4 * size
     heights = 1 - (np.arange(side) + 0.5) / side
-    stops = zip(0.86 * ground, ground, haze, zenith)  # per channel, from the foot of the picture up
+    stops = zip(0.86 * ground, ground, haze, zenith)  # per channel, from the foot up
     column = np.stack([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops], axis=-1)
     canvas = Image.fromarray(column.astype(np.uint8)[:, None]).resize((side, side))
     brush, front = Brush(canvas, 0, side, side), Brush(canvas, side * x, side * (1 - y), side * unit)
@@ -784,7 +784,7 @@ def toy(index, size=64):
         for across, up, share in (-0.3, 0, 0.4), (0, 0.04, 0.64), (0.3, 0, 0.48):
             brush.ellipse(cloud, x + across * width, y + up * width, share * width, 0.6 * share * width)
     across = np.linspace(0, 1, 33)
-    for hill, rise in (far, 1.22), (near, 0.9):  # the far hills are higher, and paler in the haze
+    for hill, rise in (far, 1.22), (near, 0.9):
         height, swell, phase, pace = rng.uniform((0.04, 0.02, 0, 3), (0.1, 0.05, 6.3, 8))
         ridge = horizon + rise * (height + swell * np.sin(phase + pace * across))
         brush.draw.polygon(brush.pixels([(0, horizon), *zip(across, ridge), (1, horizon)]), fill=hill)
@@ -797,7 +797,7 @@ def toy(index, size=64):
         for quarter in rng.uniform(0.15, 0.85) + np.arange(4):
             turned = 0.58j + sail * np.exp(0.5j * np.pi * quarter)  # a complex factor turns
             front.draw.polygon(front.pixels(zip(turned.real, turned.imag)), fill=paints[2])
-    picture = np.array(canvas.reduce(4))  # half are mirrored: lit from the right
+    picture = np.array(canvas.reduce(4))  # half are lit from the right
     return picture[:, ::-1].copy() if rng.random() < 0.5 else picture, index % len(BREADTH)
 
 if __name__ == "__main__":
