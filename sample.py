@@ -18,9 +18,9 @@ A sample depends on its seed, number and label, not on its batch. Guidance (Eq. 
 import argparse
 import contextlib
 import copy
-import functools
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,19 +44,17 @@ class Sampler:
         state = state or load_checkpoint(path)
         self.device, self.dtype = setup(device, precision)
         self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
-        self.folders = self.classes = state["classes"]  # the names of the folders that it learned from
-        synsets = all(name[:1] == "n" and name[1:].isdigit() for name in self.folders)
-        if self.dataset == "imagenet" and synsets and len(self.folders) in (0, 1000):
-            names = Path(__file__).parent / "assets" / "imagenet_classes.txt"
-            self.classes = names.read_text("utf-8").splitlines()
+        self.folders = names = state["classes"]  # the sub-folders that it learned from
+        if self.dataset == "imagenet" and not names:
+            names = (Path(__file__).parent / "assets/imagenet_classes.txt").read_text("utf-8").splitlines()
+        count = self.config.num_classes
+        self.classes = [*names[:count], *map(str, range(len(names), count)), "none"]
         self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
         self.dae = daes.load(dae) if dae else autoencoder_of(state, path)
-        require(self.dae, f"{path} holds no autoencoder: name one with --dae FILE")
-        require(self.dae.config.z_channels == self.config.data_channels,
-                f"{path} does not fit its autoencoder of {self.dae.config.z_channels} channels: --dae FILE")
+        require(self.dae and self.dae.config.z_channels == self.config.data_channels,
+                f"{path} needs an autoencoder of {self.config.data_channels} channels: --dae FILE")
         for module in (self.model, self.dae):
             lvae.place(module, self.device, self.dtype).requires_grad_(False)
-        self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
         self.size = self.config.resolution * self.dae.config.f  # of images, in pixels
         self.upsampler = Sampler(upsampler, device, precision, compile=compile) if upsampler else None
         self.out_size = self.upsampler.size if upsampler else self.size  # of what `draw` gives
@@ -119,24 +117,19 @@ class Sampler:
 
     def labels(self, text):
         """Classes by commas, each a name, its unique beginning, a number, or 'none' -> numbers; None: all."""
-        count, labels = self.config.num_classes, []
         if not text:
-            return list(range(count or 1))
-        text, numbers = text.strip().lower(), {"none": count} | {str(i): i for i in range(count)}
-        for names in (self.folders, self.classes):
-            numbers |= {name.strip().lower(): i for i, name in enumerate(names[:count])}
+            return list(range(self.config.num_classes or 1))
+        text, labels = text.strip().lower(), []
+        numbers = {str(i): i for i in range(self.config.num_classes)}
+        numbers |= {name.strip().lower(): i for i, name in enumerate(self.classes)}
         for word in [text] if text in numbers else text.split(","):  # a name may have commas itself
-            names = [word.strip()] if word.strip() in numbers else numbers
-            found = {numbers[name] for name in names if name.startswith(word.strip())}
-            require(len(found) == 1, f"--label {word}: no such class, or several; expected none, a number, "
-                    f"or a name: {', '.join(list(numbers)[-50:])[:300]} ..")
+            word = word.strip()
+            names = [word] if word in numbers else [name for name in numbers if name.startswith(word)]
+            found = {numbers[name] for name in names}
+            require(len(found) == 1,
+                    f"--label {word}: no such class, or several, of .. {', '.join(numbers)[-300:]}")
             labels += found
         return labels
-
-    def name(self, label):
-        """What a class is called in a picture."""
-        names = dict(enumerate(self.classes)) | {self.config.num_classes: "no label"}
-        return names.get(label, str(label))[:20]
 
 # ---------------------------------------------------------------- what commands share
 def make_sampler(args):
@@ -148,17 +141,13 @@ def make_sampler(args):
         state = {"config": config, "dataset": args.source, "run": {}, "classes": [],
                  "ema": lvae.LVAE(config).state_dict(),
                  "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
-    sampler = Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None),
-                      state, args.compile)
-    require(not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
-            f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
-    return sampler
+    return Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None),
+                   state, args.compile)
 
 def guidance(sampler, args):
     """What is asked for of guidance and temperature, as arguments of `generate`; for ImageNet the paper's."""
     means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
-    possible = sampler.can_guide and args.label != "none"
-    if possible and sampler.dataset == "imagenet" and not (means or variances):
+    if sampler.dataset == "imagenet" and not (means or variances):
         means, variances = lvae.guidance_levels(sampler.config, 1.5), [3.0]
     means, variances = (w * levels if len(w) == 1 else w for w in (means or [0.0], variances or [0.0]))
     return {"mean_guidance": means, "variance_guidance": variances, "temperature": args.temperature}
@@ -253,7 +242,7 @@ def generate(sampler, args):
     if not out:
         return
     ends = np.flatnonzero(np.diff(labels)) + 1  # a row per class, or a square of one class
-    names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
+    names = [sampler.classes[c][:20] for c in labels[[0, *ends]]]
     if len(names) == 1:
         columns, names = math.ceil(math.sqrt(len(images))), None
         ends = range(columns, len(images), columns)
@@ -337,7 +326,7 @@ def outpaint(sampler, args):
         fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
         return fresh
     fresh = sampler.noise(args.seed, range(len(x)), size)
-    noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
+    noise = [partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
     wide = sampler.images(noise, label, n=len(x), size=size)  # (B, H, W, 3)
     what = f"{len(wide)} images of {wide.shape[2]}x{wide.shape[1]} pixels"
     save_grid(args.out, what, list(zip(images, wide)), column_names=["image", "outpainted"])
@@ -394,7 +383,7 @@ def frechet(mu1, sigma1, mu2, sigma2):
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # root s2 root is symmetric, and has the
     cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0).sqrt().sum()  # eigenvalues of s1 s2
-    return max(0.0, float(np.square(mu1 - mu2).sum() + s1.trace() + s2.trace() - 2 * cross))
+    return max(float(np.square(mu1 - mu2).sum() + s1.trace() + s2.trace() - 2 * cross), 0.0)
 
 def inception_score(probabilities, split=5000):
     """exp of the mean KL between each image's class probabilities (N, K) and their split's mean, averaged
@@ -424,8 +413,8 @@ def described(parts, network):
         top, low = np.max(images, axis=3).astype(float), np.min(images, axis=3)  # (B, H, W)
         saturation += ((top - low) / np.maximum(top, 1)).mean((1, 2)).tolist()
         rows.append(network(images))
-    known = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     require(len(saturation) > 1, "one image has no covariance")
+    known = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     return known | {"mu": known["features"].mean(0, dtype=np.float64), "side": top.shape[1],
                     "sigma": np.cov(known["features"], rowvar=False, dtype=np.float64),
                     "saturation": np.mean(saturation)}
@@ -441,12 +430,10 @@ def statistics(path, network, batch, size):
     with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3), or mu and sigma"), np.load(path) as file:
         names = {"mu", "sigma", "features", "probabilities", "saturation", "side"}
         given = {name: file[name] for name in names & set(file)}
-        require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
         if "arr_0" not in file:
             return given | {"mu": file["mu"], "sigma": file["sigma"]}  # a KeyError if they are missing
         images = file["arr_0"]
-        fits = images.dtype == np.uint8 and images.shape[3:] == (3,) and len(images)
-        require(fits, f"it is {images.dtype} {images.shape}")
+        require(images.dtype == np.uint8 and images.shape[3:] == (3,), f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
 def made(sampler, args):
@@ -465,28 +452,28 @@ def evaluate(sampler, args):
     """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
     Of a checkpoint's samples or reconstructions, an .npz or a folder, against an .npz (a reference batch of
     that evaluator, or one exported here) or a folder. Saturation is the mean of HSV's (footnote 2)."""
-    device, size, known, row = setup(args.device)[0], args.image_size, {}, {}
+    device, size, reference, row = setup(args.device)[0], args.image_size, {}, {}
     network = load_network(args.features, device)
     if sampler:
         size = size or (sampler.size if args.reconstruct else sampler.out_size)
-    paths = {args.reference, None if sampler else args.source} - {None}
-    for path in sorted(paths, key=lambda path: not path.endswith(".npz")):  # these may tell the folders' side
-        known[path] = statistics(path, network, args.batch, size)
-        size = size or int(known[path].get("side", 0))
-    found = described(made(sampler, args), network) if sampler else known[args.source]
-    reference = known.get(args.reference, {})
-    side = f"images of {found['side']}x{found['side']}, " if "side" in found else ""
-    say(f"{args.source}: {side}{len(found['mu'])} features")
-    if reference:
-        with explained(f"--reference: expected statistics of {len(found['mu'])} features, as of --features"):
+    if args.reference:
+        reference = statistics(args.reference, network, args.batch, size)
+        size = size or np.asarray(reference.get("side", 0)).item()
+    if sampler:
+        found = described(made(sampler, args), network)
+    else:
+        found = statistics(args.source, network, args.batch, size)
+    with explained("--reference: expected statistics of the same --features"):
+        say(f"{args.source}: {len(found['mu'])} features")
+        if reference:
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
-    if "probabilities" in found:
-        row["IS"] = inception_score(found["probabilities"])
-    sets = [some.get("features", ()) for some in (reference, found)]
-    if min(map(len, sets)) > 3:
-        row["precision"], row["recall"] = precision_recall(*sets, device)
-    if "saturation" in found:
-        row["saturation"] = found["saturation"]
+        if "probabilities" in found:
+            row["IS"] = inception_score(found["probabilities"])
+        sets = [some.get("features", ()) for some in (reference, found)]
+        if min(map(len, sets)) > 3:
+            row["precision"], row["recall"] = precision_recall(*sets, device)
+        if "saturation" in found:
+            row["saturation"] = float(found["saturation"])
     print("  ".join(f"{name:>12}" for name in row))
     print("  ".join(f"{value:12.4f}" for value in row.values()), flush=True)
     if args.export:
@@ -509,7 +496,7 @@ def neighbors(sampler, args):
         distances.append(torch.cdist(targets, features(some)))  # (n, B)
     nearest = torch.cat(distances, 1).topk(min(args.neighbors, len(found)), largest=False)
     rows = [[found[i] for i in order] for order in nearest.indices]
-    names = [sampler.name(c) for c in labels] if sampler.config.num_classes else None
+    names = [sampler.classes[c][:20] for c in labels] if sampler.config.num_classes else None
     grid = [[image, *map(images.read, row)] for image, row in zip(drawn, rows)]
     save_grid(args.out, f"{args.n} samples and the nearest of {len(found)} images", grid,
               row_names=names, column_names=["sample", "nearest"])
@@ -519,47 +506,37 @@ def neighbors(sampler, args):
 # ---------------------------------------------------------------- speed (Table 4)
 def bench(sampler, args):
     """Table 4: seconds per 1000 images, FLOP, and the share of the device's fastest matrix product."""
-    config, device, guided = sampler.config, sampler.device, sampler.can_guide and args.guided
-    weights = dict(mean_guidance=lvae.guidance_levels(config, 1.5), variance_guidance=3.0) if guided else {}
-    most, noise = max(args.batch, args.train or 0), sampler.noise(0, range(args.batch))
+    config, device, n, most = sampler.config, sampler.device, args.batch, max(args.batch, args.train or 0)
     x = torch.randn(most, config.data_channels, config.resolution, config.resolution, device=device)
-    label = np.arange(most) % max(1, config.num_classes)
-
-    def model(n):
-        low_res = lvae.shrink(x[:n], config) if config.upsample else None
-        sampler.generate([eps[:n] for eps in noise], label[:n], low_res=low_res, **weights)
-
-    stages = {"LVAE": (model, args.batch), "decoder": (lambda n: sampler.decode(x[:n]), args.batch)}
+    low_res = lvae.shrink(x[:n], config) if config.upsample else None
+    label, weights = even_labels(sampler.labels(args.label), most), guidance(sampler, args)
+    draw = partial(sampler.generate, sampler.noise(0, range(n)), label[:n], low_res=low_res, **weights)
+    stages = {"LVAE": (draw, n), "decoder": (partial(sampler.decode, x[:n]), n)}
     if args.train:
-        stages["training"] = updater(sampler, x, label, args.compile), args.train
+        model = lvae.place(lvae.LVAE(config).train(), device)
+        state = model, copy.deepcopy(model).eval(), lvae.make_optimizer(model)
+        if args.compile:
+            model.compile(dynamic=False)
+        some = x[:args.train], sampler.known(label[:args.train])
+        stages["training"] = partial(lvae.train_step, *state, [some], 1, sampler.dtype), args.train
     peak = matmul_rate(device, sampler.dtype)
     kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{args.source}: {sampler.size}x{sampler.size} images, {'' if guided else 'not '}guided, batch "
-          f"{args.batch}, {str(sampler.dtype)[6:]}; {kind}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
-    print("stage     GFLOP per image   s per 1000 images  share of peak   images/s")
-    costs = {}
-    for name, (stage, n) in stages.items():
-        costs[name] = np.array([count_flops(stage), np.median(timed(lambda: stage(n), args.seconds)) / n])
+    print(f"{args.source}: {sampler.size}x{sampler.size} images, w_mu {weights['mean_guidance']}, batch "
+          f"{n}, {str(sampler.dtype)[6:]}; {kind}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
+    print("stage     GFLOP per image   s per 1000 images  share of peak")
+    costs = {name: np.array([count_flops(stage), np.median(timed(stage, args.seconds))]) / count
+             for name, (stage, count) in stages.items()}
     costs["together"] = costs["LVAE"] + costs["decoder"]
     for name, (flop, seconds) in costs.items():
-        print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%} "
-              f"{1 / seconds:10.2f}")
-
-def updater(sampler, x, label, compile):
-    """A training step of the first n samples, by a new model like the sampler's."""
-    model = lvae.place(lvae.LVAE(sampler.config).train(), sampler.device)
-    ema, adam = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
-    if compile:
-        model.compile(dynamic=False)
-    return lambda n: lvae.train_step(model, ema, adam, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
+        print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%}")
 
 def count_flops(stage):
-    """The floating-point operations of stage(1), 2 for each multiplication with an addition."""
+    """The floating-point operations of a call, 2 for each multiplication with an addition."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     eager = torch.compiler.set_stance("force_eager")  # what is compiled cannot be counted
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
-        stage(1)
+        stage()
     return counter.get_total_flops()
 
 def matmul_rate(device, dtype):
@@ -596,7 +573,6 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--image-size": (positive, None, "side to crop folders' images to (that of the images evaluated)"),
     "--export": (str, None, ".npz for the statistics, to be a --reference"),
     "--neighbors": (positive, 6, "neighbours of each"), "--seconds": (amount, 5.0, "to time each stage for"),
-    "--guided": (bool, True, "with guidance, if the model can"),
     "--train": (positive, None, "also time a training step of so many images: it takes more memory"),
     "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
@@ -615,7 +591,7 @@ COMMANDS = {  # their options, some with a default of their own
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
               "--image-size",
     neighbors: f"{GUIDED} --n=8 --neighbors --data --features --out=neighbors.png",
-    bench: "--guided --seconds --train"}
+    bench: f"{GUIDED} --seconds --train"}
 
 def main(argv=None):
     """The command line."""

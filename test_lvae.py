@@ -603,7 +603,7 @@ def test_evaluation():
         table(f"{RUN} --n 16")  # the Inception Score goes by parts: classes are mixed
     assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
     refused("--image-size", table, "photos/a --reference photos/b")
-    assert "images of 24x24" in sampling("evaluate photos --features net.pt --image-size 24")
+    assert "6 features" in sampling("evaluate photos --features net.pt --image-size 24")
     refused("no image found", table, "run --image-size 32")  # its grids are no samples
     refused("written", table, "photos.npz --export photos/a/0.png/y.npz")
     with patch.object(np, "savez", side_effect=OSError(30, "Read-only file system")):
@@ -625,7 +625,7 @@ def test_upsampling_stack():
 @in_folder()
 def test_bench():
     flops = []
-    for options in ("--train 2", "--no-guided"):
+    for options in ("--train 2 --mean-guidance 1", ""):
         said = sampling(f"bench {RUN} --batch 2 --seconds 0.01 {options}")
         flops.append({name: float(number) for name, number in re.findall(r"^(\w+) +([\d.]+) ", said, re.M)})
     guided, plain = flops
