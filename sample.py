@@ -58,7 +58,7 @@ class Sampler:
         self.upsampler = Sampler(upsampler, device, precision, compile=compile) if upsampler else None
         self.out_size = self.upsampler.size if upsampler else self.size  # of what `draw` gives
         require(not upsampler or self.size * self.upsampler.config.upsample == self.out_size,
-                f"{upsampler} is no upsampler of {self.size}x{self.size} images")
+                f"{upsampler} is no upsampler of images of {self.size}")
         if compile:
             self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
 
@@ -99,13 +99,13 @@ class Sampler:
             return lvae.normalise(self.dae.encode(to_tensor(images).to(self.device)), self.config)
 
     def infer(self, x, label, draw=False):
-        """Latents x (B, C, h, w) -> the model's Output, of the posterior's means or of a draw from it."""
+        """Latents x (B, C, h, w) -> Output, of the posterior's means or a draw."""
         noise = None if draw else [x.new_zeros(len(x), *shape) for shape in self.model.latent_shapes()]
         with lvae.autocast(self.device, self.dtype):
             return self.model(x, self.known(label), noise)
 
     def posterior(self, x, label):
-        """Latents x (B, C, h, w) -> the whitened noise of the posterior's means, a list of (B, z, h, w)."""
+        """The same -> whitened noise of the posterior's means, a list of (B, z, h, w)."""
         return [lvae.whiten(latent.z, latent.prior) for latent in self.infer(x, label).latents]
 
     def known(self, label):
@@ -131,7 +131,7 @@ class Sampler:
 
 # ---------------------------------------------------------------- what commands share
 def guidance(sampler, args):
-    """Options -> arguments of `generate`; by default without guidance, for ImageNet with the paper's."""
+    """Options -> arguments of `generate`; for ImageNet by default the paper's."""
     means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
     if sampler.dataset == "imagenet" and not (means or variances):
         means, variances = lvae.guidance_levels(sampler.config, 1.5), [3.0]
@@ -167,7 +167,7 @@ def find_images(sampler, args):
         files = [file for path in args.images for file in list_images(path) or [path]]
         return Images(files, lambda i: read_image(files[i], sampler.size))
     path = args.data or sampler.data
-    require(path is not None, "name a folder of images with --data, or toy")
+    require(path is not None, "name images with --data, or toy")
     return open_images(path, sampler.size)
 
 def encoded(sampler, args):
@@ -187,9 +187,9 @@ def encoded(sampler, args):
         yield some, x, torch.as_tensor(labels, device=sampler.device)
 
 def likeliest(sampler, x):
-    """The class for which latents x (C, h, w) cost the fewest nats."""
+    """The class for which latents (C, h, w) cost the fewest nats."""
     count = sampler.config.num_classes
-    require(count <= 100, "which class? Say it with --label")
+    require(count <= 100, "which class? Name it: --label")
     x = x.expand(count, -1, -1, -1)
     out = sampler.infer(x, torch.arange(count))
     return int((lvae.distortions(out, x, sampler.config) + out.kl.sum(0)).argmin())
@@ -202,10 +202,10 @@ def save_grid(path, what, rows, **names):
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
-    """Draw samples: a grid to look at, with --npz an array for metrics, or both."""
+    """Samples: a grid to look at, with --npz an array for metrics, or both."""
     classes, size, out = sampler.labels(args.label), sampler.out_size, args.out or "samples.png"
     path = args.npz or out
-    require(not os.path.isdir(path), f"{path} is a folder: expected a file")
+    require(not os.path.isdir(path), f"{path} is a folder")
     if not (args.n or args.label):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
@@ -235,7 +235,7 @@ def generate(sampler, args):
 
 @contextlib.contextmanager
 def shared_array(path, shape):
-    """uint8 in a temporary file that processes share: it may be larger than memory."""
+    """uint8 in a temporary file that processes share, perhaps larger than memory."""
     try:
         if world()[0] == 0:
             with explained(f"{path}: cannot be written"):
@@ -257,8 +257,8 @@ def reconstruct(sampler, args):
     require(max(kept.values()) == total, f"--groups: this model has {total} latent groups")
     rows = {name: [] for name in ("original", "autoencoder", *kept)}
     for images, x, label in encoded(sampler, args):
-        first = len(rows["original"])
-        noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, range(first, first + len(x)))
+        numbers = len(rows["original"]) + np.arange(len(x))
+        noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, numbers)
         rows["original"].extend(images)
         rows["autoencoder"].extend(sampler.decode(x))
         for name, k in kept.items():  # the other groups are drawn
@@ -269,7 +269,7 @@ def interpolate(sampler, args):
     """Figure 5: a path between images through whitened noise and the label's embedding; its ends are their
     reconstructions. With a hierarchical prior this is Section 5.2's future work."""
     pair, x, label = next(encoded(sampler, args))
-    require(len(pair) == 2, "expected two usable images in one --batch")
+    require(len(pair) == 2, "expected two good images in one --batch")
     steps, embedding = torch.linspace(0, 1, args.steps, device=x.device), sampler.model.embedding
     ends = [*sampler.posterior(x, label), embedding(label) if embedding else label.float()]
     *mixed, embedded = [torch.stack([torch.lerp(end[0], end[1], t) for t in steps]) for end in ends]
@@ -296,7 +296,7 @@ def manifold(sampler, args):
     save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
-    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise."""
+    """Figure 6: the latents from 4x4 up are widened to the right with fresh noise."""
     size = sampler.config.resolution, sampler.config.resolution * args.width
     images, x, label = next(encoded(sampler, args))
     latents = sampler.infer(x, label).latents
@@ -358,7 +358,7 @@ def load_network(path, device):
     return network
 
 def frechet(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½), of two Gaussians (Heusel et al., 2017)."""
+    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½) (Heusel et al., 2017)."""
     values, vectors = np.linalg.eigh(sigma1.astype(np.float64))
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # root sigma2 root is symmetric, and has the
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()  # eigenvalues of sigma1 sigma2
@@ -450,7 +450,7 @@ def evaluate(sampler, args):
     print("  ".join(f"{value:12.4f}" for value in row.values()), flush=True)
     if args.export:
         daes.write(args.export, lambda file: np.savez(file, **found))
-        say(f"{args.export}: the statistics of {args.source}")
+        say(f"{args.export}: statistics of {args.source}")
 
 def neighbors(sampler, args):
     """Figure 8: samples, and the training images nearest to them in latent space or in --features."""
@@ -493,7 +493,7 @@ def bench(sampler, args):
         stages["training"] = partial(lvae.train_step, *state, [some], 1, sampler.dtype), args.train
     side = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device).to(sampler.dtype)
-    peak = 2 * side ** 3 / min(timed(lambda: a @ b, 1.0))  # FLOP/s of the fastest large matrix product
+    peak = 2 * side ** 3 / min(timed(lambda: a @ b, 1.0))  # FLOP/s of a large matrix product
     print(f"{args.source}: {sampler.size}x{sampler.size} images, w_mu {weights['mean_guidance']}, batch {n}, "
           f"{str(sampler.dtype)[6:]}; {device}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
     print("stage     GFLOP per image   s per 1000 images  share of peak")
@@ -520,8 +520,8 @@ def timed(function, budget):
 # ---------------------------------------------------------------- command line
 positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
 counts, weights = at_least(1, several=True), at_least(-math.inf, float, several=True)
-OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
-    "images": (list, None, "image files, folders"),
+OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, help
+    "images": (list, None, "images, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
     "--mean-guidance": (weights, None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
     "--variance-guidance": (weights, None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
@@ -533,22 +533,22 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--groups": (counts, None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "images per axis, ends included"),
     "--width": (positive, 2, "in images"),
-    "--data": (str, None, "folder of images, LSUN LMDB, or toy (what the model was trained on)"),
+    "--data": (str, None, "folder of images, LSUN LMDB, or toy (what it was trained on)"),
     "--features": (str, None, f"TorchScript network, such as {NETWORK}"),
     "--reference": (str, None, ".npz (mu and sigma, arr_0, or both) or folder of images"),
     "--reconstruct": (("autoencoder", "lvae"), None, "not samples, but what it makes of --data"),
     "--image-size": (positive, None, "side of folders' images (the checkpoint's)"),
-    "--export": (str, None, ".npz for the statistics, to be a --reference"),
-    "--neighbors": (positive, 6, "neighbours of each"), "--seconds": (amount, 5.0, "to time each stage for"),
+    "--export": (str, None, ".npz of the statistics, a --reference"),
+    "--neighbors": (positive, 6, "per sample"), "--seconds": (amount, 5.0, "to time each stage for"),
     "--train": (positive, None, "also time a training step of so many images"),
     "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
-    "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
-    "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 if the hardware has it"),
+    "--device": (str, "auto", "cuda, mps, cpu, .."),
+    "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 if the device has it"),
     "--compile": (bool, False, "torch.compile: takes minutes"),
     "--dae": (str, None, "autoencoder file, instead of the checkpoint's")}
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
-COMMANDS = {  # their options, some with a default of their own
+COMMANDS = {  # options, some with another default
     generate: f"{GUIDED} --upsampler --n --out --npz",
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "images --label --steps=5 --out=interpolation.png",
@@ -576,7 +576,7 @@ def main(argv=None):
                 kind, {"choices" if isinstance(kind, tuple) else "type": kind})
             default = special or default
             text = f"{text} ({default})" if default else text
-            alias = ["--samples"] if name == "--n" else []  # torchrun takes --n for an option of its own
+            alias = ["--samples"] if name == "--n" else []  # torchrun has a --n of its own
             own.add_argument(name, *alias, default=default, help=text, **more)
     args = parser.parse_args(argv)
     require(args.command == "generate" or world()[1] == 1,
