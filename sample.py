@@ -1,26 +1,25 @@
 """Look at a trained model: a sub-command per figure and table of the paper. CKPT is a checkpoint.
 
-    python sample.py generate imagenet --label tench                     # the authors' weights, downloaded
     python sample.py generate CKPT --label castle --n 16 --mean-guidance 0,1.5,1.5,1.5 --variance-guidance 1
-    python sample.py generate CKPT --n 50000 --npz samples.npz           # for the guided-diffusion evaluator
-    python sample.py generate RGB16 --upsampler UPSAMPLER                # the upsampling stack of Table 1
-    python sample.py reconstruct CKPT photo.jpg folder/ --groups 2,6     # originals above reconstructions
-    python sample.py manifold CKPT                                       # Figure 4
-    python sample.py interpolate CKPT a.jpg b.jpg                        # Figure 5
-    python sample.py outpaint CKPT photo.jpg --width 2                   # Figure 6
-    python sample.py neighbors CKPT --data photos/                       # Figure 8
-    python sample.py rates CKPT --data photos/                           # what every latent group holds
-    python sample.py evaluate CKPT --reference photos/ --features NET    # Table 3: FID, IS, precision, recall
-    python sample.py bench CKPT                                          # Table 4: seconds per 1000 images
+    python sample.py generate CKPT --n 50000 --npz samples.npz  # for the guided-diffusion evaluator
+    python sample.py generate RGB16 --upsampler UPSAMPLER       # the upsampling stack of Table 1
+    python sample.py reconstruct CKPT photo.jpg folder/ --groups 2,6
+    python sample.py interpolate CKPT a.jpg b.jpg
+    python sample.py manifold CKPT
+    python sample.py outpaint CKPT photo.jpg
+    python sample.py rates CKPT --data photos/
+    python sample.py evaluate CKPT --reference photos/ --features NET
+    python sample.py neighbors CKPT --data photos/
+    python sample.py bench CKPT
 
 A sample depends on its seed, number and label, not on its batch. Guidance (Eq. 2) is 0 when off.
 """
 import argparse
 import contextlib
 import copy
-import functools
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,31 +36,29 @@ from train import (Images, asked_to_stop, autoencoder_of, list_images, load_chec
 # ---------------------------------------------------------------- the model
 class Sampler:
     """A checkpoint's EMA weights and autoencoder on a device: noise or images in, uint8 images out. A label
-    is a class's number, (B,) of them, or None; a model without classes takes no notice of it."""
+    is a class's number, (B,) of them, or None; a model without classes ignores it."""
     def __init__(self, path, device="auto", precision="auto", dae=None, upsampler=None, state=None,
                  compile=False):
-        """dae: a file, instead of the checkpoint's own; upsampler: a checkpoint; state: what is in `path`."""
+        """dae: a file, instead of the checkpoint's; upsampler: a checkpoint; state: what is in `path`."""
         state = state or load_checkpoint(path)
         self.device, self.dtype = setup(device, precision)
         self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
-        self.folders = self.classes = state["classes"]  # the names of the folders that it learned from
-        synsets = all(name[:1] == "n" and name[1:].isdigit() for name in self.folders)
-        if self.dataset == "imagenet" and synsets and len(self.folders) in (0, 1000):
-            names = Path(__file__).parent / "assets" / "imagenet_classes.txt"
-            self.classes = names.read_text("utf-8").splitlines()
+        self.folders = names = state["classes"]  # the sub-folders that it learned from
+        if self.dataset == "imagenet" and not names:
+            names = (Path(__file__).parent / "assets/imagenet_classes.txt").read_text("utf-8").splitlines()
+        count = self.config.num_classes
+        self.classes = [*names[:count], *map(str, range(len(names), count)), "none"]
         self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
         self.dae = daes.load(dae) if dae else autoencoder_of(state, path)
-        require(self.dae, f"{path} holds no autoencoder: name one with --dae FILE")
-        require(self.dae.config.z_channels == self.config.data_channels,
-                f"{path} does not fit its autoencoder of {self.dae.config.z_channels} channels: --dae FILE")
+        require(self.dae and self.dae.config.z_channels == self.config.data_channels,
+                f"{path} needs an autoencoder of {self.config.data_channels} channels: --dae FILE")
         for module in (self.model, self.dae):
             lvae.place(module, self.device, self.dtype).requires_grad_(False)
-        self.can_guide = bool(self.config.num_classes and self.config.hierarchical_prior)
         self.size = self.config.resolution * self.dae.config.f  # of images, in pixels
         self.upsampler = Sampler(upsampler, device, precision, compile=compile) if upsampler else None
         self.out_size = self.upsampler.size if upsampler else self.size  # of what `draw` gives
         require(not upsampler or self.size * self.upsampler.config.upsample == self.out_size,
-                f"--upsampler {upsampler}: not an upsampler of images of {self.size} pixels")
+                f"{upsampler} is no upsampler of images of {self.size}")
         if compile:
             self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
 
@@ -102,14 +99,13 @@ class Sampler:
             return lvae.normalise(self.dae.encode(to_tensor(images).to(self.device)), self.config)
 
     def infer(self, x, label, draw=False):
-        """Latents x (B, C, h, w) -> the model's Output, of the posterior's means or of a draw from it."""
-        shapes = self.model.latent_shapes()
-        noise = None if draw else [torch.zeros(len(x), *shape, device=self.device) for shape in shapes]
+        """Latents x (B, C, h, w) -> Output, of the posterior's means or a draw."""
+        noise = None if draw else [x.new_zeros(len(x), *shape) for shape in self.model.latent_shapes()]
         with lvae.autocast(self.device, self.dtype):
             return self.model(x, self.known(label), noise)
 
     def posterior(self, x, label):
-        """Latents x (B, C, h, w) -> the whitened noise of the posterior's means, a list of (B, z, h, w)."""
+        """The same -> whitened noise of the posterior's means, a list of (B, z, h, w)."""
         return [lvae.whiten(latent.z, latent.prior) for latent in self.infer(x, label).latents]
 
     def known(self, label):
@@ -118,47 +114,26 @@ class Sampler:
         return torch.as_tensor(label, device=self.device) if known else None
 
     def labels(self, text):
-        """Classes by commas, each a name, its unique beginning, a number, or 'none' -> numbers; None: all."""
-        count, labels = self.config.num_classes, []
+        """Classes by commas, each a name, its unique beginning, a number or none -> numbers; None: all."""
         if not text:
-            return list(range(count or 1))
-        text, numbers = text.strip().lower(), {"none": count} | {str(i): i for i in range(count)}
-        for names in (self.folders, self.classes):
-            numbers |= {name.strip().lower(): i for i, name in enumerate(names[:count])}
+            return list(range(self.config.num_classes or 1))
+        text, labels = text.strip().lower(), []
+        numbers = {str(i): i for i in range(self.config.num_classes)}
+        numbers |= {name.strip().lower(): i for i, name in enumerate(self.classes)}
         for word in [text] if text in numbers else text.split(","):  # a name may have commas itself
-            names = [word.strip()] if word.strip() in numbers else numbers
-            found = {numbers[name] for name in names if name.startswith(word.strip())}
-            require(len(found) == 1, f"--label {word}: no such class, or several; expected none, a number, "
-                    f"or a name: {', '.join(list(numbers)[-50:])[:300]} ..")
+            word = word.strip()
+            names = [word] if word in numbers else [name for name in numbers if name.startswith(word)]
+            found = {numbers[name] for name in names}
+            require(len(found) == 1,
+                    f"--label {word}: no such class, or several, of .. {', '.join(numbers)[-300:]}")
             labels += found
         return labels
 
-    def name(self, label):
-        """What a class is called in a picture."""
-        names = dict(enumerate(self.classes)) | {self.config.num_classes: "no label"}
-        return names.get(label, str(label))[:20]
-
 # ---------------------------------------------------------------- what commands share
-def make_sampler(args):
-    """The sampler of the command line: of a checkpoint, or, to bench a preset, with random weights."""
-    state = None
-    if args.command == "bench" and args.source in lvae.PRESETS:
-        config = lvae.PRESETS[args.source]
-        stage = daes.PRESETS.get("small-f4" if config.first_stage == "train" else config.first_stage)
-        state = {"config": config, "dataset": args.source, "run": {}, "classes": [],
-                 "ema": lvae.LVAE(config).state_dict(),
-                 "dae": daes.Autoencoder(stage).state_dict() if stage else {}}
-    sampler = Sampler(args.source, args.device, args.precision, args.dae, getattr(args, "upsampler", None),
-                      state, args.compile)
-    require(not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
-            f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
-    return sampler
-
 def guidance(sampler, args):
-    """What is asked for of guidance and temperature, as arguments of `generate`; for ImageNet the paper's."""
+    """Options -> arguments of `generate`; for ImageNet by default the paper's."""
     means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
-    possible = sampler.can_guide and args.label != "none"
-    if possible and sampler.dataset == "imagenet" and not (means or variances):
+    if sampler.dataset == "imagenet" and not (means or variances):
         means, variances = lvae.guidance_levels(sampler.config, 1.5), [3.0]
     means, variances = (w * levels if len(w) == 1 else w for w in (means or [0.0], variances or [0.0]))
     return {"mean_guidance": means, "variance_guidance": variances, "temperature": args.temperature}
@@ -168,18 +143,18 @@ def even_labels(classes, n):
     return np.array(classes)[np.sort(np.arange(n) % len(classes))]
 
 def draw_all(sampler, args, labels):
-    """(Numbers, uint8 images) of batches of samples with labels (N,); under torchrun, of a share of them."""
+    """(Numbers, uint8 images) of batches of samples with labels (N,), under torchrun of a share."""
     (rank, count), n, weights = world(), len(labels), guidance(sampler, args)
     starts = range(0, n, args.batch)[rank::count]
-    for start in tqdm(starts, desc="sampling", unit="batch", disable=n <= args.batch or rank > 0):
+    for start in tqdm(starts, "sampling", unit="batch", disable=n <= args.batch or rank > 0):
         numbers = np.arange(start, min(start + args.batch, n))
         yield numbers, sampler.draw(args.seed, numbers, labels[numbers], **weights)
 
 def batches(images, batch, limit=None):
-    """(Indices, uint8 images) of every batch of good images, or of `limit` of them, evenly spaced."""
+    """(Indices, uint8 images) of batches of the good images, or of `limit`, evenly spaced."""
     count = len(images.names)
     n = min(limit or count, count)
-    for start in tqdm(range(0, n, batch), desc="images", unit="batch", disable=n <= batch):
+    for start in tqdm(range(0, n, batch), "images", unit="batch", disable=n <= batch):
         rows = np.arange(start, min(start + batch, n)) * count // n
         good = {i: image for i in rows.tolist() if (image := images.read(i)) is not None}
         if good:
@@ -187,17 +162,17 @@ def batches(images, batch, limit=None):
     require(len(images.bad) < n, "no usable image")
 
 def find_images(sampler, args):
-    """The images of the files and folders named, or of --data, or of what the model was trained on."""
+    """The images named, or those of --data, or those that the model was trained on."""
     if "images" in args:
         files = [file for path in args.images for file in list_images(path) or [path]]
         return Images(files, lambda i: read_image(files[i], sampler.size))
-    path = sampler.data if args.data is None else args.data
-    require(path is not None, "name a folder of images with --data ('toy' is the built-in scenes)")
+    path = args.data or sampler.data
+    require(path is not None, "name images with --data, or toy")
     return open_images(path, sampler.size)
 
 def encoded(sampler, args):
-    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches. A class is what --label says, for all or
-    each, else the sub-folder (in their order if the model knows no names), else the likeliest."""
+    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches. A class is --label's, one or one each,
+    else the sub-folder (in their order if the model knows no names), else the likeliest."""
     images, count = find_images(sampler, args), sampler.config.num_classes
     if count and args.label:
         labels = sampler.labels(args.label)
@@ -212,31 +187,30 @@ def encoded(sampler, args):
         yield some, x, torch.as_tensor(labels, device=sampler.device)
 
 def likeliest(sampler, x):
-    """The class for which latents x (C, h, w) cost the fewest nats."""
+    """The class for which latents (C, h, w) cost the fewest nats."""
     count = sampler.config.num_classes
-    require(count <= 100, "of which class are the images? Say it with --label")
+    require(count <= 100, "which class? Name it: --label")
     x = x.expand(count, -1, -1, -1)
     out = sampler.infer(x, torch.arange(count))
     return int((lvae.distortions(out, x, sampler.config) + out.kl.sum(0)).argmin())
 
 def save_grid(path, what, rows, **names):
-    """Save a grid and say what it is; images smaller than 128 pixels are enlarged by a whole factor."""
+    """Save a grid, images smaller than 128 pixels enlarged by a whole factor."""
     scale = math.ceil(128 / min(128, *(image.shape[0] for row in rows for image in row)))
     save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
     say(f"{path}: {what}")
 
 # ---------------------------------------------------------------- generate
 def generate(sampler, args):
-    """Draw samples: a grid to look at, or with --npz all of them, for metrics, or both."""
-    classes, size = sampler.labels(args.label), sampler.out_size
-    out = args.out or (None if args.npz else "samples.png")
+    """Samples: a grid to look at, with --npz an array for metrics, or both."""
+    classes, size, out = sampler.labels(args.label), sampler.out_size, args.out or "samples.png"
     path = args.npz or out
-    require(not os.path.isdir(path), f"{path} is a folder: expected a file")
+    require(not os.path.isdir(path), f"{path} is a folder")
     if not (args.n or args.label):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
     labels = even_labels(classes, n)
-    # Samples are kept shuffled: the Inception Score is taken over consecutive parts of an .npz.
+    # Shuffled: the Inception Score is taken over consecutive parts of an .npz.
     row = np.random.default_rng(args.seed).permutation(n)
     with shared_array(f"{path}.images.tmp", (n, size, size, 3)) as array:
         for numbers, images in draw_all(sampler, args, labels):
@@ -248,27 +222,25 @@ def generate(sampler, args):
             more = {"arr_1": labels[np.argsort(row)]} if sampler.config.num_classes else {}
             daes.write(args.npz, lambda file: np.savez(file, arr_0=array, **more))
             say(f"{args.npz}: {n} samples of {size}x{size} pixels")
+            if not args.out:
+                return
         shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
-        images, labels = np.array(array[row[shown]]), labels[shown]
-    if not out:
-        return
+        images, labels = array[row[shown]], labels[shown]
     ends = np.flatnonzero(np.diff(labels)) + 1  # a row per class, or a square of one class
-    names = [sampler.name(c) for c in labels[[0, *ends]].tolist()]
+    names = [sampler.classes[c][:20] for c in labels[[0, *ends]]]
     if len(names) == 1:
         columns, names = math.ceil(math.sqrt(len(images))), None
         ends = range(columns, len(images), columns)
-    what = f"{len(images)} samples of {size}x{size} pixels"
-    save_grid(out, what, np.split(images, ends), row_names=names)
+    save_grid(out, f"{len(images)} samples of {size}x{size} pixels", np.split(images, ends), row_names=names)
 
 @contextlib.contextmanager
 def shared_array(path, shape):
-    """uint8 in a temporary file, which several processes fill: it may be larger than memory."""
+    """uint8 in a temporary file that processes share, perhaps larger than memory."""
     try:
         if world()[0] == 0:
             with explained(f"{path}: cannot be written"):
                 os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
                 with open(path, "wb") as file:
-                    file.truncate(math.prod(shape))
                     if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
                         os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         asked_to_stop()  # the others wait until it is there
@@ -279,30 +251,28 @@ def shared_array(path, shape):
 
 # ---------------------------------------------------------------- manipulation (Section 5)
 def reconstruct(sampler, args):
-    """Images, what the autoencoder alone and with the LVAE make of them, and what its first k groups say."""
-    total, config = sum(sampler.config.groups), sampler.config
+    """Images, what the autoencoder and the LVAE make of them, and what its first k groups say."""
+    total = sum(sampler.config.groups)
     kept = {"+ LVAE": total} | {f"first {k} of {total}": k for k in args.groups or ()}
     require(max(kept.values()) == total, f"--groups: this model has {total} latent groups")
     rows = {name: [] for name in ("original", "autoencoder", *kept)}
     for images, x, label in encoded(sampler, args):
-        low_res, first = lvae.shrink(x, config) if config.upsample else None, len(rows["original"])
-        noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, range(first, first + len(x)))
+        numbers = len(rows["original"]) + np.arange(len(x))
+        noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, numbers)
         rows["original"].extend(images)
         rows["autoencoder"].extend(sampler.decode(x))
         for name, k in kept.items():  # the other groups are drawn
-            rows[name].extend(sampler.images(noise[:k] + drawn[k:], label, low_res=low_res))
+            rows[name].extend(sampler.images(noise[:k] + drawn[k:], label))
     save_grid(args.out, f"{len(rows['original'])} images", list(rows.values()), row_names=list(rows))
 
 def interpolate(sampler, args):
-    """Figure 5: a path between images through whitened noise; the ends are their reconstructions. The
-    label's embedding moves along. With a hierarchical prior this is Section 5.2's future work."""
+    """Figure 5: a path between images through whitened noise and the label's embedding; its ends are their
+    reconstructions. With a hierarchical prior this is Section 5.2's future work."""
     pair, x, label = next(encoded(sampler, args))
-    require(len(pair) == 2, "expected two usable images, and a --batch that holds them")
-    ends, steps = sampler.posterior(x, label), torch.linspace(0, 1, args.steps, device=x.device)
-    if sampler.config.num_classes:
-        ends.append(sampler.model.embedding(label))  # (2, label_dim)
-    mixed = [torch.stack([torch.lerp(end[0], end[1], t) for t in steps]) for end in ends]
-    embedded = mixed.pop() if sampler.config.num_classes else None
+    require(len(pair) == 2, "expected two good images in one --batch")
+    steps, embedding = torch.linspace(0, 1, args.steps, device=x.device), sampler.model.embedding
+    ends = [*sampler.posterior(x, label), embedding(label) if embedding else label.float()]
+    *mixed, embedded = [torch.stack([torch.lerp(end[0], end[1], t) for t in steps]) for end in ends]
     row, names = [pair[0], *sampler.images(mixed, embedded), pair[1]], [f"{float(t):.2f}" for t in steps]
     save_grid(args.out, f"{args.steps} steps from A to B", [row], column_names=["A", *names, "B"])
 
@@ -311,7 +281,7 @@ def channel_kl(out):
     return torch.stack([lvae.gaussian_kl(l.posterior, l.prior).sum((2, 3)).mean(0) for l in out.latents])
 
 def manifold(sampler, args):
-    """Figure 4: the most active channel, in 64 samples of the first class named, of groups 1 and 2, swept."""
+    """Figure 4: groups 1 and 2's most active channels (in 64 samples of the first class named), swept."""
     require(sampler.model.sides[0] == 1 < sampler.config.groups[-1], "the model has no two groups at 1x1")
     label = sampler.labels(args.label)[0]
     x = sampler.generate(sampler.noise(args.seed, range(64)), label)
@@ -326,7 +296,7 @@ def manifold(sampler, args):
     save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
-    """Figure 6: the latents of every level from 4x4 up are widened to the right with fresh noise."""
+    """Figure 6: the latents from 4x4 up are widened to the right with fresh noise."""
     size = sampler.config.resolution, sampler.config.resolution * args.width
     images, x, label = next(encoded(sampler, args))
     latents = sampler.infer(x, label).latents
@@ -337,15 +307,14 @@ def outpaint(sampler, args):
         fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
         return fresh
     fresh = sampler.noise(args.seed, range(len(x)), size)
-    noise = [functools.partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
+    noise = [partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
     wide = sampler.images(noise, label, n=len(x), size=size)  # (B, H, W, 3)
-    what = f"{len(wide)} images of {wide.shape[2]}x{wide.shape[1]} pixels"
-    save_grid(args.out, what, list(zip(images, wide)), column_names=["image", "outpainted"])
+    save_grid(args.out, f"{len(wide)} images", list(zip(images, wide)), column_names=["image", "outpainted"])
 
 # ---------------------------------------------------------------- the rate of every group
 def rates(sampler, args):
-    """KL of every latent group and level beside its target, where the schedule's weight is 1; distortion,
-    negative ELBO; active channels, whose mean KL is above 0.01 nats."""
+    """KL of every latent group and level, its target (where its weight is 1), active channels (mean KL above
+    0.01 nats); distortion, negative ELBO."""
     config, kl, distortion, count = sampler.config, 0, 0.0, 0
     torch.manual_seed(args.seed)
     for _, x, label in encoded(sampler, args):
@@ -370,40 +339,36 @@ NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/met
 
 def load_network(path, device):
     """A TorchScript network that gives features, or features and logits, or has NETWORK's two options -> a
-    function of uint8 (B, H, W, 3) that gives features (B, D) and, if known, class probabilities (B, K)."""
+    function of uint8 (B, H, W, 3): features (B, D) and perhaps class probabilities (B, K)."""
     with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
-        options = {argument.name for argument in net.forward.schema.arguments}
+        two = "no_output_bias" in str(net.forward.schema)
 
     @torch.no_grad()
     def network(images):
         x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).contiguous()
         with explained(f"{path}: expected a network for uint8 images {tuple(x.shape)}"):
-            if {"return_features", "no_output_bias"} <= options:
+            if two:
                 out = net(x, return_features=True), net(x, no_output_bias=True)
             else:
                 out = net(x)
                 out = [out] if torch.is_tensor(out) else [out[0], out[1].float().softmax(1)]
-            found = [t.flatten(1).float().cpu().numpy() for t in out]
-        return dict(zip(("features", "probabilities"), found))
+            out = [t.flatten(1).float().cpu().numpy() for t in out]
+        return dict(zip(("features", "probabilities"), out))
     return network
 
 def frechet(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½), of two Gaussians (Heusel et al., 2017)."""
-    s1, s2 = (torch.from_numpy(np.asarray(s, np.float64)) for s in (sigma1, sigma2))
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # root s2 root is symmetric, and has the
-    cross = torch.linalg.eigvalsh(root @ s2 @ root).clamp_min(0).sqrt().sum()  # eigenvalues of s1 s2
-    return max(0.0, float(np.square(mu1 - mu2).sum() + s1.trace() + s2.trace() - 2 * cross))
+    """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½) (Heusel et al., 2017)."""
+    values, vectors = np.linalg.eigh(sigma1.astype(np.float64))
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # root sigma2 root is symmetric, and has the
+    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()  # eigenvalues of sigma1 sigma2
+    return max(float(np.square(mu1 - mu2).sum() + sigma1.trace() + sigma2.trace() - 2 * cross), 0.0)
 
 def inception_score(probabilities, split=5000):
     """exp of the mean KL between each image's class probabilities (N, K) and their split's mean, averaged
-    over splits of 5000, as the guided-diffusion evaluator does (Salimans et al., 2016)."""
-    scores = []
-    for i in range(0, len(probabilities), split):
-        p = np.maximum(probabilities[i:i + split].astype(np.float64), 1e-38)
-        scores.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
-    return float(np.mean(scores))
+    over splits of 5000 (Salimans et al., 2016)."""
+    parts = torch.from_numpy(probabilities).double().clamp_min(1e-38).split(split)
+    return float(np.mean([(p * (p / p.mean(0)).log()).sum(1).mean().exp() for p in parts]))
 
 def precision_recall(reference, samples, device, k=3):
     """Share of samples within the k-nearest-neighbour balls of the reference, and the reverse (Kynkäänniemi
@@ -418,35 +383,33 @@ def precision_recall(reference, samples, device, k=3):
     return within(b, a), within(a, b)
 
 def described(parts, network):
-    """Batches of images -> features, their moments, class probabilities, and the colours' mean saturation."""
+    """Batches of images -> features, their moments, class probabilities, mean saturation of HSV."""
     rows, saturation = [], []
     for images in parts:
         top, low = np.max(images, axis=3).astype(float), np.min(images, axis=3)  # (B, H, W)
         saturation += ((top - low) / np.maximum(top, 1)).mean((1, 2)).tolist()
         rows.append(network(images))
-    known = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     require(len(saturation) > 1, "one image has no covariance")
-    return known | {"mu": known["features"].mean(0, dtype=np.float64), "side": top.shape[1],
+    known = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    return known | {"mu": known["features"].mean(0, dtype=np.float64),
                     "sigma": np.cov(known["features"], rowvar=False, dtype=np.float64),
                     "saturation": np.mean(saturation)}
 
 def statistics(path, network, batch, size):
-    """What is known of the images of an .npz, or of a folder. A reference batch has its mu and sigma."""
+    """The same of an .npz or a folder. A reference batch has its mu and sigma."""
     if not path.endswith(".npz"):
-        require(size, f"{path}: to be compared at which side? Say --image-size")
+        require(size, f"{path}: compared at which --image-size?")
         known = described((some for _, some in batches(open_images(path, size), batch)), network)
         if "probabilities" in known:  # they are sorted, and the Inception Score goes by parts
             known["probabilities"] = np.random.default_rng(0).permutation(known["probabilities"])
         return known
     with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3), or mu and sigma"), np.load(path) as file:
-        names = {"mu", "sigma", "features", "probabilities", "saturation", "side"}
+        names = {"mu", "sigma", "features", "probabilities", "saturation"}
         given = {name: file[name] for name in names & set(file)}
-        require(all(np.isfinite(value).all() for value in given.values()), "they are not finite")
         if "arr_0" not in file:
             return given | {"mu": file["mu"], "sigma": file["sigma"]}  # a KeyError if they are missing
         images = file["arr_0"]
-        fits = images.dtype == np.uint8 and images.shape[3:] == (3,) and len(images)
-        require(fits, f"it is {images.dtype} {images.shape}")
+        require(images.dtype == np.uint8 and images.shape[3:] == (3,), f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
 def made(sampler, args):
@@ -462,39 +425,35 @@ def made(sampler, args):
     return (images for _, images in draw_all(sampler, args, labels))
 
 def evaluate(sampler, args):
-    """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them.
-    Of a checkpoint's samples or reconstructions, an .npz or a folder, against an .npz (a reference batch of
-    that evaluator, or one exported here) or a folder. Saturation is the mean of HSV's (footnote 2)."""
-    device, size, known, row = setup(args.device)[0], args.image_size, {}, {}
+    """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them, and
+    the mean saturation of HSV (footnote 2)."""
+    device, reference, row = setup(args.device)[0], {}, {}
     network = load_network(args.features, device)
+    size = args.image_size or (sampler.out_size if sampler else 0)
+    if args.reference:
+        reference = statistics(args.reference, network, args.batch, size)
     if sampler:
-        size = size or (sampler.size if args.reconstruct else sampler.out_size)
-    paths = {args.reference, None if sampler else args.source} - {None}
-    for path in sorted(paths, key=lambda path: not path.endswith(".npz")):  # these may tell the folders' side
-        known[path] = statistics(path, network, args.batch, size)
-        size = size or int(known[path].get("side", 0))
-    found = described(made(sampler, args), network) if sampler else known[args.source]
-    reference = known.get(args.reference, {})
-    side = f"images of {found['side']}x{found['side']}, " if "side" in found else ""
-    say(f"{args.source}: {side}{len(found['mu'])} features")
-    if reference:
-        with explained(f"--reference: expected statistics of {len(found['mu'])} features, as of --features"):
+        found = described(made(sampler, args), network)
+    else:
+        found = statistics(args.source, network, args.batch, size)
+    with explained("--reference: expected statistics of the same --features"):
+        say(f"{args.source}: {len(found['mu'])} features")
+        if reference:
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
-    if "probabilities" in found:
-        row["IS"] = inception_score(found["probabilities"])
-    sets = [some.get("features", ()) for some in (reference, found)]
-    if min(map(len, sets)) > 3:
-        row["precision"], row["recall"] = precision_recall(*sets, device)
-    if "saturation" in found:
-        row["saturation"] = found["saturation"]
+        if "probabilities" in found:
+            row["IS"] = inception_score(found["probabilities"])
+        sets = [some.get("features", ()) for some in (reference, found)]
+        if min(map(len, sets)) > 3:
+            row["precision"], row["recall"] = precision_recall(*sets, device)
+        row["saturation"] = float(found.get("saturation", math.nan))
     print("  ".join(f"{name:>12}" for name in row))
     print("  ".join(f"{value:12.4f}" for value in row.values()), flush=True)
     if args.export:
         daes.write(args.export, lambda file: np.savez(file, **found))
-        say(f"{args.export}: the statistics of {args.source}")
+        say(f"{args.export}: statistics of {args.source}")
 
 def neighbors(sampler, args):
-    """Figure 8: samples, and the training images nearest to them in latent space, or in features."""
+    """Figure 8: samples, and the training images nearest to them in latent space or in --features."""
     images, labels = find_images(sampler, args), even_labels(sampler.labels(args.label), args.n)
     network = load_network(args.features, sampler.device) if args.features else None
 
@@ -509,7 +468,7 @@ def neighbors(sampler, args):
         distances.append(torch.cdist(targets, features(some)))  # (n, B)
     nearest = torch.cat(distances, 1).topk(min(args.neighbors, len(found)), largest=False)
     rows = [[found[i] for i in order] for order in nearest.indices]
-    names = [sampler.name(c) for c in labels] if sampler.config.num_classes else None
+    names = [sampler.classes[c][:20] for c in labels] if sampler.config.num_classes else None
     grid = [[image, *map(images.read, row)] for image, row in zip(drawn, rows)]
     save_grid(args.out, f"{args.n} samples and the nearest of {len(found)} images", grid,
               row_names=names, column_names=["sample", "nearest"])
@@ -519,54 +478,39 @@ def neighbors(sampler, args):
 # ---------------------------------------------------------------- speed (Table 4)
 def bench(sampler, args):
     """Table 4: seconds per 1000 images, FLOP, and the share of the device's fastest matrix product."""
-    config, device, guided = sampler.config, sampler.device, sampler.can_guide and args.guided
-    weights = dict(mean_guidance=lvae.guidance_levels(config, 1.5), variance_guidance=3.0) if guided else {}
-    most, noise = max(args.batch, args.train or 0), sampler.noise(0, range(args.batch))
+    config, device, n, most = sampler.config, sampler.device, args.batch, max(args.batch, args.train or 0)
     x = torch.randn(most, config.data_channels, config.resolution, config.resolution, device=device)
-    label = np.arange(most) % max(1, config.num_classes)
-
-    def model(n):
-        low_res = lvae.shrink(x[:n], config) if config.upsample else None
-        sampler.generate([eps[:n] for eps in noise], label[:n], low_res=low_res, **weights)
-
-    stages = {"LVAE": (model, args.batch), "decoder": (lambda n: sampler.decode(x[:n]), args.batch)}
+    low_res = lvae.shrink(x[:n], config) if config.upsample else None
+    label, weights = even_labels(sampler.labels(args.label), most), guidance(sampler, args)
+    draw = partial(sampler.generate, sampler.noise(0, range(n)), label[:n], low_res=low_res, **weights)
+    stages = {"LVAE": (draw, n), "decoder": (partial(sampler.decode, x[:n]), n)}
     if args.train:
-        stages["training"] = updater(sampler, x, label, args.compile), args.train
-    peak = matmul_rate(device, sampler.dtype)
-    kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{args.source}: {sampler.size}x{sampler.size} images, {'' if guided else 'not '}guided, batch "
-          f"{args.batch}, {str(sampler.dtype)[6:]}; {kind}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
-    print("stage     GFLOP per image   s per 1000 images  share of peak   images/s")
-    costs = {}
-    for name, (stage, n) in stages.items():
-        costs[name] = np.array([count_flops(stage), np.median(timed(lambda: stage(n), args.seconds)) / n])
+        model = lvae.place(lvae.LVAE(config).train(), device)
+        state = model, copy.deepcopy(model).eval(), lvae.make_optimizer(model)
+        if args.compile:
+            model.compile(dynamic=False)
+        some = x[:args.train], sampler.known(label[:args.train])
+        stages["training"] = partial(lvae.train_step, *state, [some], 1, sampler.dtype), args.train
+    side = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, side, side, device=device).to(sampler.dtype)
+    peak = 2 * side ** 3 / min(timed(lambda: a @ b, 1.0))  # FLOP/s of a large matrix product
+    print(f"{args.source}: {sampler.size}x{sampler.size} images, w_mu {weights['mean_guidance']}, batch {n}, "
+          f"{str(sampler.dtype)[6:]}; {device}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
+    print("stage     GFLOP per image   s per 1000 images  share of peak")
+    costs = {name: np.array([count_flops(stage), np.median(timed(stage, args.seconds))]) / count
+             for name, (stage, count) in stages.items()}
     costs["together"] = costs["LVAE"] + costs["decoder"]
     for name, (flop, seconds) in costs.items():
-        print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%} "
-              f"{1 / seconds:10.2f}")
-
-def updater(sampler, x, label, compile):
-    """A training step of the first n samples, by a new model like the sampler's."""
-    model = lvae.place(lvae.LVAE(sampler.config).train(), sampler.device)
-    ema, adam = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
-    if compile:
-        model.compile(dynamic=False)
-    return lambda n: lvae.train_step(model, ema, adam, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
+        print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%}")
 
 def count_flops(stage):
-    """The floating-point operations of stage(1), 2 for each multiplication with an addition."""
+    """The floating-point operations of a call, 2 per multiplication with addition."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     eager = torch.compiler.set_stance("force_eager")  # what is compiled cannot be counted
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
-        stage(1)
+        stage()
     return counter.get_total_flops()
-
-def matmul_rate(device, dtype):
-    """FLOP/s of the device's fastest large square matrix product: its peak, as measured."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n ** 3 / min(timed(lambda: a @ b, 1.0))
 
 def timed(function, budget):
     """The seconds of calls, after one to warm up, for `budget` seconds."""
@@ -576,36 +520,35 @@ def timed(function, budget):
 # ---------------------------------------------------------------- command line
 positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
 counts, weights = at_least(1, several=True), at_least(-math.inf, float, several=True)
-OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, explanation
-    "images": (list, None, "image files, folders"),
+OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, help
+    "images": (list, None, "images, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
     "--mean-guidance": (weights, None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
     "--variance-guidance": (weights, None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
-    "--temperature": (amount, 1.0, "multiplies the std of every prior (but an upsampler's)"),
-    "--upsampler": (str, None, "checkpoint of an upsampler, to enlarge the samples (Table 1)"),
-    "--n": (positive, None, "how many images; under torchrun it is called --samples"),
+    "--temperature": (amount, 1.0, "factor of every prior's std, but an upsampler's"),
+    "--upsampler": (str, None, "an upsampler's checkpoint, to enlarge the samples"),
+    "--n": (positive, None, "how many images (for torchrun: --samples)"),
     "--out": (str, None, "the picture, .png, .jpg or .webp"),
-    "--npz": (str, None, "arr_0 uint8 (N, H, W, 3) in shuffled order, arr_1 labels"),
+    "--npz": (str, None, "arr_0 uint8 (N, H, W, 3), shuffled; arr_1 labels"),
     "--groups": (counts, None, "also with only the first k latent groups: one or more k"),
-    "--steps": (at_least(2), None, "generated images, ends included, per axis"),
+    "--steps": (at_least(2), None, "images per axis, ends included"),
     "--width": (positive, 2, "in images"),
-    "--data": (str, None, "folder of images, LSUN LMDB, or 'toy' (what the model was trained on)"),
+    "--data": (str, None, "folder of images, LSUN LMDB, or toy (what it was trained on)"),
     "--features": (str, None, f"TorchScript network, such as {NETWORK}"),
-    "--reference": (str, None, ".npz (mu and sigma, or arr_0, or both) or folder of images"),
+    "--reference": (str, None, ".npz (mu and sigma, arr_0, or both) or folder of images"),
     "--reconstruct": (("autoencoder", "lvae"), None, "not samples, but what it makes of --data"),
-    "--image-size": (positive, None, "side to crop folders' images to (that of the images evaluated)"),
-    "--export": (str, None, ".npz for the statistics, to be a --reference"),
-    "--neighbors": (positive, 6, "neighbours of each"), "--seconds": (amount, 5.0, "to time each stage for"),
-    "--guided": (bool, True, "with guidance, if the model can"),
-    "--train": (positive, None, "also time a training step of so many images: it takes more memory"),
+    "--image-size": (positive, None, "side of folders' images (the checkpoint's)"),
+    "--export": (str, None, ".npz of the statistics, a --reference"),
+    "--neighbors": (positive, 6, "per sample"), "--seconds": (amount, 5.0, "to time each stage for"),
+    "--train": (positive, None, "also time a training step of so many images"),
     "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
-    "--device": (str, "auto", "cuda, mps, cpu, xla, .."),
-    "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 where the hardware has it"),
+    "--device": (str, "auto", "cuda, mps, cpu, .."),
+    "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 if the device has it"),
     "--compile": (bool, False, "torch.compile: takes minutes"),
-    "--dae": (str, None, "autoencoder file, instead of the one in the checkpoint")}
+    "--dae": (str, None, "autoencoder file, instead of the checkpoint's")}
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
-COMMANDS = {  # their options, some with a default of their own
+COMMANDS = {  # options, some with another default
     generate: f"{GUIDED} --upsampler --n --out --npz",
     reconstruct: "images --label --groups --out=reconstructions.png",
     interpolate: "images --label --steps=5 --out=interpolation.png",
@@ -615,7 +558,7 @@ COMMANDS = {  # their options, some with a default of their own
     evaluate: f"{GUIDED} --upsampler --n=10000 --data --reconstruct --features --reference --export "
               "--image-size",
     neighbors: f"{GUIDED} --n=8 --neighbors --data --features --out=neighbors.png",
-    bench: "--guided --seconds --train"}
+    bench: f"{GUIDED} --seconds --train"}
 
 def main(argv=None):
     """The command line."""
@@ -625,21 +568,30 @@ def main(argv=None):
         text = function.__doc__
         own = commands.add_parser(function.__name__, help=text.splitlines()[0], description=text)
         own.set_defaults(function=function)
-        own.add_argument("source", help="checkpoint, or church, bedroom, imagenet; to evaluate also .npz, "
-                         "folder or toy; to bench also a preset")
+        own.add_argument("source", help="checkpoint, church, bedroom, imagenet; evaluate: also .npz, folder, "
+                         "toy; bench: also a preset")
         for name, _, special in (word.partition("=") for word in f"{options} {COMMON}".split()):
             kind, default, text = OPTIONS[name]
             more = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(
                 kind, {"choices" if isinstance(kind, tuple) else "type": kind})
             default = special or default
             text = f"{text} ({default})" if default else text
-            alias = ["--samples"] if name == "--n" else []  # torchrun takes --n for an option of its own
+            alias = ["--samples"] if name == "--n" else []  # torchrun has a --n of its own
             own.add_argument(name, *alias, default=default, help=text, **more)
     args = parser.parse_args(argv)
-    require(args.command == "generate" or int(os.environ.get("WORLD_SIZE", 1)) == 1,
-            f"{args.command} runs in one process: start it with python, not torchrun")
+    require(args.command == "generate" or world()[1] == 1,
+            f"{args.command} runs in one process, without torchrun")
+    sampler = state = None
+    if args.command == "bench" and args.source in lvae.PRESETS:  # with random weights
+        config = lvae.PRESETS[args.source]
+        stage = daes.PRESETS.get(config.first_stage, daes.PRESETS["small-f4"])
+        state = {"config": config, "dataset": args.source, "run": {}, "classes": [],
+                 "ema": lvae.LVAE(config).state_dict(), "dae": daes.Autoencoder(stage).state_dict()}
     images = args.source.endswith(".npz") or args.source == "toy" or os.path.isdir(args.source)
-    args.function(None if images and args.command == "evaluate" else make_sampler(args), args)
+    if not images or args.command != "evaluate":
+        sampler = Sampler(args.source, args.device, args.precision, args.dae,
+                          getattr(args, "upsampler", None), state, args.compile)
+    args.function(sampler, args)
 
 if __name__ == "__main__":
     cli(main)

@@ -197,14 +197,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 602, "dae": 676, "train": 804, "sample": 645, "test_lvae": 833}, 0
+    budgets, raises = {"lvae": 602, "dae": 676, "train": 804, "sample": 597, "test_lvae": 833}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 208_000
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 203_900
 
 def test_copied_alone():
     for module in ("lvae", "dae"):
@@ -593,7 +593,7 @@ def test_evaluation():
     sampling(f"generate {RUN} --npz samples.npz {options}")
     np.savez("autoencoder.npz", arr_0=sampler.decode(x))
     np.savez("lvae.npz", arr_0=sampler.images(sampler.posterior(x, label), label))
-    for line, images in (("photos", "photos"), (f"{RUN} {options}", "samples"),
+    for line, images in (("photos --image-size 32", "photos"), (f"{RUN} {options}", "samples"),
                          (f"{RUN} --reconstruct autoencoder", "autoencoder"),
                          (f"{RUN} --reconstruct lvae", "lvae")):
         found, expected = (table(f"{of} --reference x.npz") for of in (line, f"{images}.npz"))
@@ -602,7 +602,7 @@ def test_evaluation():
         table(f"{RUN} --n 16")  # the Inception Score goes by parts: classes are mixed
     assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
     refused("--image-size", table, "photos/a --reference photos/b")
-    assert "images of 24x24" in sampling("evaluate photos --features net.pt --image-size 24")
+    assert "6 features" in sampling("evaluate photos --features net.pt --image-size 24")
     refused("no image found", table, "run --image-size 32")  # its grids are no samples
     refused("written", table, "photos.npz --export photos/a/0.png/y.npz")
     with patch.object(np, "savez", side_effect=OSError(30, "Read-only file system")):
@@ -624,7 +624,7 @@ def test_upsampling_stack():
 @in_folder()
 def test_bench():
     flops = []
-    for options in ("--train 2", "--no-guided"):
+    for options in ("--train 2 --mean-guidance 1", ""):
         said = sampling(f"bench {RUN} --batch 2 --seconds 0.01 {options}")
         flops.append({name: float(number) for name, number in re.findall(r"^(\w+) +([\d.]+) ", said, re.M)})
     guided, plain = flops
@@ -763,7 +763,7 @@ def test_two_processes_as_one():
     assert Path("one.npz").read_bytes() == Path("two.npz").read_bytes()
     shell(f"{TWO}{line}one --dae-adversarial-weight 0 --steps 5")  # resumed by another number
     assert "multiple of 2" in shell(f"{TWO}{line}x --dae-batch 5", code=1)
-    assert "one process" in shell(f"{SAMPLE}rates {RUN}", code=2, WORLD_SIZE="2")
+    assert "one process" in shell(f"{SAMPLE}rates {RUN}", code=2, WORLD_SIZE="2", RANK="0")
 
 @in_folder()
 def test_signals():
