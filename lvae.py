@@ -46,10 +46,10 @@ class Config:
     """A model and its training: one column of Table 5. The defaults are LSUN Church's."""
     resolution: int = knob(32, "side of the data, --image-size over f: 4, 8, 16, ..", 4)
     data_channels: int = knob(4, "channels of the data", 1)
-    num_classes: int = knob(0, "0: unconditional")
+    num_classes: int = knob(0, "number of labels, 0: unconditional")
     first_stage: str = knob("kl-f8", "autoencoder: of dae.PRESETS, train, file, none (pixels), latents")
     shift: float = knob(0.0, "data are normalised to (h - shift) / scale", -math.inf)
-    scale: float = knob(1.0, "likewise; 0: measure both on the data")
+    scale: float = knob(1.0, "0: measure both on the data")
     width: int = knob(192, "channels of the top-down path, times mult", 1)
     encoder_width: int = knob(192, "channels of the bottom-up path, times mult", 1)
     mult: tuple = knob((1, 1, 1, 1, 1), "channel multiplier per level, finest first", 1)
@@ -59,8 +59,8 @@ class Config:
     attention_layers: tuple = knob((4, 4, 4, 0, 0), "attention layers per level, at most, in each path")
     heads: tuple = knob((4, 8, 8, 0, 0), "heads per level, divisors of its widths")
     z_dim: int = knob(16, "channels of a latent group", 1)
-    hierarchical_prior: bool = knob(False, "learn p(z_i | z_<i); guidance acts on it")
-    attention: str = knob("sdpa", "sdpa, or released: the bug in the authors' weights")
+    hierarchical_prior: bool = knob(False, "learn p(z_i | z_<i), not N(0, 1); guidance acts on it")
+    attention: str = knob("sdpa", "sdpa, or released: as in the authors' weights")
     upsample: int = knob(0, "factor of an upsampler, 2, 4, ..; 0: none")
     sigma_q: float = knob(0.07, "std of the noise around the target (App. B)", 1e-6)
     spectral_weight: float = knob(0.1, "weight of the spectral term")
@@ -72,7 +72,7 @@ class Config:
     warmup: int = knob(100, "steps of linear warm-up")
     lr_decay: float = knob(0.0, "share of the steps, the last, in which the rate falls to 0")
     ema: float = knob(0.9999, "decay of the weights' average per step, reached gradually")
-    skip_threshold: float = knob(300.0, "gradient norm per data dimension to skip, after step 1000")
+    skip_threshold: float = knob(300.0, "skip larger gradient norms per data dimension, after step 1000")
     steps: int = knob(250_000, "training steps")
     recompute: bool = knob(False, "activation checkpointing: far less memory, up to a quarter more time")
 
@@ -82,6 +82,8 @@ class Config:
                 value, sides = getattr(self, name), resolutions(self)
                 raise ValueError(f"config: {name} {value} ({known[name]['help']}; levels {sides})")
         known = {f.name: f.metadata for f in fields(self)}
+        for name in (*PER_LEVEL, "kl_schedule"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists will do
         for name, value in vars(self).items():
             values = value if isinstance(value, tuple) else [value]
             need(name, all(isinstance(v, str) or known[name]["low"] <= v < math.inf for v in values))
@@ -165,7 +167,7 @@ def normalise(h, config):
     return ((h - config.shift) / config.scale).clamp(-4, 4)
 
 def denormalise(x, config):
-    """Its inverse."""
+    """The inverse of `normalise`."""
     return x * config.scale + config.shift
 
 # ---------------------------------------------------------------- Gaussians (always fp32)
@@ -190,9 +192,11 @@ def whiten(z, prior):
     """The noise under the prior that gives z (Section 5.2)."""
     return (z - prior.mean) / prior.var.sqrt()
 
-def guide(c, u, mean_weight, variance_weight):
-    """The guided prior (Eq. 2): from the unconditional Gaussian u through the conditional c, and on."""
-    return Gaussian(c.mean + mean_weight * (c.mean - u.mean), c.var * (c.var / u.var) ** variance_weight)
+def guide(conditional, unconditional, mean_weight, variance_weight):
+    """The guided prior (Eq. 2): from the unconditional Gaussian through the conditional one, and on."""
+    mean = conditional.mean + mean_weight * (conditional.mean - unconditional.mean)
+    var = conditional.var * (conditional.var / unconditional.var) ** variance_weight
+    return Gaussian(mean, var)
 
 # ---------------------------------------------------------------- layers
 def conv(c_in, c_out, kernel=1, scale=1.0, bias=True):
@@ -440,7 +444,7 @@ class LVAE(nn.Module):
         guidance = list(zip(*weights)) if any(map(any, weights)) else None  # a pair per level
         possible = self.config.num_classes and self.config.hierarchical_prior and label is not None
         if guidance and not (possible and all(len(w) == levels for w in weights)):
-            raise ValueError("guidance needs a hierarchical prior, a label; weights: 1 or per level")
+            raise ValueError("guidance needs classes, a hierarchical prior, a label; weights: 1 or per level")
         label = self._embed(label, n)
         if guidance is not None:
             label = torch.cat([label, self.embedding.weight[-1:].expand(n, -1)])
@@ -460,6 +464,9 @@ class LVAE(nn.Module):
         fits = [eps.shape == shape for eps, shape in zip(noise, shapes) if torch.is_tensor(eps)]
         if len(noise) != len(shapes) or not all(fits):
             raise ValueError(f"noise: expected one per group, {shapes}")
+        expected = n, config.data_channels, *shapes[0][2:]     # (B, C, H/f, W/f)
+        if config.upsample and getattr(low_res, "shape", None) != expected:
+            raise ValueError(f"low_res: expected {expected}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
         if guidance is not None:
             x = torch.cat([x, x])  # with and without the label
@@ -515,7 +522,7 @@ def kl_weights(kl, shares):
 Loss = namedtuple("Loss", "loss distortion rate weighted_rate spectral kl")
 
 def distortions(out, x, config):
-    """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats."""
+    """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats. Variances below sigma_q^2 cost."""
     var_q, error = config.sigma_q ** 2, x.float() - out.mean   # (B, C, H, W)
     kl = 0.5 * ((var_q + error.square()) * torch.exp(-out.logvar) - 1 + out.logvar - math.log(var_q))
     return kl.sum((1, 2, 3))

@@ -133,7 +133,7 @@ class Sampler:
 def guidance(sampler, args):
     """Options -> arguments of `generate`; for ImageNet by default the paper's."""
     means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
-    if sampler.dataset == "imagenet" and not (means or variances):
+    if sampler.dataset == "imagenet" and sampler.config.num_classes and not (means or variances):
         means, variances = lvae.guidance_levels(sampler.config, 1.5), [3.0]
     means, variances = (w * levels if len(w) == 1 else w for w in (means or [0.0], variances or [0.0]))
     return {"mean_guidance": means, "variance_guidance": variances, "temperature": args.temperature}

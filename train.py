@@ -43,15 +43,15 @@ from lvae import knob
 @dataclass(frozen=True)
 class Run:
     """What a run reads and writes. Also options: lvae.Config's fields and, as --dae-.., dae.Config's."""
-    dataset: str = knob("toy", "preset")
-    data: str = knob("", "folder of images, LSUN LMDB folder, or .npz of latents")
-    init: str = knob("", "checkpoint, or pipeline of the paper, to begin with")
+    dataset: str = knob("toy", "the preset, a column of Table 5")
+    data: str = knob("", "folder of images (sub-folders are classes), LSUN LMDB folder, or .npz of latents")
+    init: str = knob("", "checkpoint, or pipeline of the paper, whose model and autoencoder to begin with")
     dae: str = knob("", "first stage: FILE, kl-f8, .. (downloaded), train, none (pixels); else the preset's")
     dae_preset: str = knob("small-f4", "what --dae train trains")
     out: str = knob("", "the run's folder, else runs/DATASET, or runs/ and the data folder's name")
     image_size: int = knob(0, "side of the square images; 0: the preset's")
     flip: bool = knob(False, "horizontal flips")
-    val: str = knob("", "folder of held-out images")
+    val: str = knob("", "folder of held-out images, else a share of --data")
     holdout: float = knob(0.05, "without --val: share of --data held out, at most 2000 images")
     seed: int = knob(0, "of weights, order and noise")
     device: str = knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
@@ -126,6 +126,7 @@ def train_both(index, run, model_options, dae_options):
             data = encode_all(run, ae, size, images, rows, device, dtype)
         if not config.scale:  # to be measured on up to 10,000 of the latents
             h = data.h[data.train[::1 + len(data.train) // 10_000], 0].astype(np.float32)
+            require(h.std() > 0, "nothing to learn from: all images are the same")
             config = replace(config, shift=float(h.mean()), scale=float(h.std()))
         train_lvae(run, config, ae, data, start | {"run": wanted}, device, dtype)
 
