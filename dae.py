@@ -22,7 +22,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -314,21 +314,18 @@ def printable(text):
     """Text that a file may have a part in, its control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-class LoadError(ValueError):
-    """What cannot be used, a file or an option, in one line: what is wrong, what to do."""
-
 def require(condition, problem):
     if not condition:
-        raise LoadError(problem)
+        raise ValueError(problem)
 
 @contextmanager
 def explained(problem):
-    """Whatever goes wrong inside becomes a LoadError: the problem, and in brackets its cause."""
+    """Whatever goes wrong inside becomes a ValueError: the problem, and in brackets its cause."""
     try:
         yield
-    except Exception as e:  # of a broken file, a library, a device, the network
-        cause = printable(str(e).replace("\n\t", " ")[:300]) or type(e).__name__
-        raise LoadError(f"{problem} ({cause})") from None
+    except Exception as e:  # of a broken file, a library, a device, the network; torch's words are many
+        cause = printable(str(e).replace("\n\t", " ").split(". ")[0][:300]) or type(e).__name__
+        raise ValueError(f"{problem} ({cause})") from None
 
 class Inert:
     """What a file makes of a class or function that torch does not know. It holds nothing."""
@@ -343,9 +340,8 @@ class InertDict:
         return OrderedDict()  # torch puts items into real dicts only
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files before 1.6 begin
-UNWANTED = "bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # names in a pickle
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+UNWANTED = r"\d{19}|bytearray|sparse|_rebuild_(?!tensor|parameter\b)"  # integers with one hash, names
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def check_pickle(data):
     """Refuse a pickle that would crash torch's reader or keep it busy: its operations are run on the sizes
@@ -353,26 +349,22 @@ def check_pickle(data):
     stack, marks, memo, work = [], [], {}, 0  # an object is a list of one number, its size
     for operation, value, position in pickletools.genops(data):
         name, takes = operation.name, operation.stack_before
-        if name.endswith("GET"):
-            stack.append(memo[value])
-        elif name.endswith("PUT"):
+        start = len(stack) - len(takes)
+        if name.endswith("PUT"):
             memo[value] = stack[-1]
         elif name == "MARK":
-            marks.append(len(stack))
-        else:
-            start = len(stack) - len(takes)
-            if pickletools.markobject in takes:
-                start = marks.pop() - takes.index(pickletools.markobject)
-            taken = stack[start:]
-            made = taken.pop(0) if name.startswith(("APPEND", "SETITEM", "BUILD")) else [1]
-            size = sum(number for number, in taken)
-            made[0] += size
-            work += size                      # grows with nesting and with repeated use
-            stack[start:] = [made] * len(operation.stack_after)
-        slow_to_hash = type(value) is int and abs(value) >> 61
-        unwanted = name == "GLOBAL" and re.search(UNWANTED, value)
-        short = max(position, work // 4) <= 1 << 22  # bytes; real pickles stay below half of it
-        require(short and not slow_to_hash and not unwanted,
+            marks.append(start)
+        elif pickletools.markobject in takes:
+            start = marks.pop() - takes.index(pickletools.markobject)
+        made, taken = memo[value] if name.endswith("GET") else [1], stack[start:]
+        if name.startswith(("APPEND", "SETITEM", "BUILD")):
+            made = taken.pop(0)
+        size = sum(number for number, in taken)
+        made[0] += size
+        work += size  # grows with nesting and with repeated use
+        stack[start:] = [made] * len(operation.stack_after)
+        unwanted = name in ("LONG1", "GLOBAL") and re.search(UNWANTED, str(value))
+        require(not unwanted and max(position, work // 4) <= 1 << 22,  # bytes; real ones: below half of it
                 "a hostile file, or one of sparse, quantised or missing tensors")
 
 def load_zip(path):
@@ -396,8 +388,8 @@ def load_safetensors(path):
     start = 8 + int.from_bytes(mapped[:8].numpy(), "little")  # where the tensors begin
     header = json.loads(mapped[8:min(start, 100_000_000)].numpy().tobytes())
     header.pop("__metadata__", None)
-    lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
-    require(start + sum(lengths) == len(mapped), "truncated or damaged: its tensors do not fill it")
+    total = sum(end - begin for begin, end in (entry["data_offsets"] for entry in header.values()))
+    require(start + total == len(mapped), "its tensors do not fill it")
     for name, entry in header.items():
         if dtype := SAFETENSORS.get(entry["dtype"]):
             begin, end = entry["data_offsets"]
@@ -429,27 +421,19 @@ def contents(path):
         else:
             require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
             content = load_safetensors(path)
-    tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
-    for tensor in tensors:
-        vars(tensor).clear()  # attributes that the file gave it
-    require(sum(tensor.nbytes for tensor in tensors) <= 2 * os.path.getsize(path),  # tied weights count twice
-            "a hostile file: what it holds is larger than itself")
+    size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
+    require(size <= 2 * os.path.getsize(path), "it holds more than its size")  # tied weights count twice
     return content
 
 def read(path):
     """What a file of weights, or what is published by a name, holds: plain containers and CPU tensors, views
-    of the mapped file: copy what is to be kept. Raises LoadError."""
+    of the mapped file: copy what is to be kept. Raises ValueError."""
     path = local(path)
-    try:
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with explained(f"{path} cannot be read: missing, truncated, damaged or hostile"), temporary as folder, \
+            warnings.catch_warnings(action="ignore"):
         require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
-        temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        with temporary as folder, warnings.catch_warnings(action="ignore"):
-            return contents(unpack(path, folder))
-    except LoadError as e:
-        cause = e
-    except Exception as e:  # torch's own words are long and coloured
-        cause = getattr(e, "strerror", None) or f"a truncated, damaged or hostile file ({type(e).__name__})"
-    raise LoadError(f"{path}: {cause}")
+        return contents(unpack(path, folder))
 
 # ---------------------------------------------------------------- the autoencoder in a file
 # Fragments of names in latent diffusion's files, which are ours, and in diffusers', replaced in this order.
@@ -463,20 +447,17 @@ OLD_DIFFUSERS = [(".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".pr
 FIRST = "encoder.conv_in.weight"                    # every autoencoder has it, in both namings
 LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # a level of the decoder, in both
 
-def translate(state, pairs):
-    """A state_dict in other names, and with the decoder's levels counted from the other end."""
+def translate(state, pairs, matrices):
+    """A state_dict in other names, attention as matrices (diffusers') or 1x1 convolutions, and the decoder's
+    levels counted from the other end."""
     levels, result = [int(found[2]) for found in map(LEVEL.match, state) if found], {}
     for name, value in state.items():
+        if ".att" in name and value.ndim == (4 if matrices else 2):
+            value = value.flatten(1) if matrices else value[:, :, None, None]
         for old, new in pairs:
             name = name.replace(old, new)
         result[LEVEL.sub(lambda found: f"{found[1]}{max(levels) - int(found[2])}", name)] = value
     return result
-
-def to_diffusers(state):
-    """A state_dict in latent diffusion's names -> diffusers' (AutoencoderKL, VQModel)."""
-    matrices = {name: value.flatten(1) if ".attn" in name and value.ndim == 4 else value
-                for name, value in state.items()}
-    return translate(matrices, DIFFUSERS)
 
 def flatten(content, prefix="", depth=3):
     """The tensors of real numbers in nested dicts, as pairs (names joined by dots, tensor)."""
@@ -487,21 +468,19 @@ def flatten(content, prefix="", depth=3):
             yield from flatten(value, f"{prefix}{key}.", depth - 1)
 
 def find(content, source):
-    """What `read` returned -> the autoencoder's tensors in our names, and what they are. Raises LoadError."""
+    """What `read` returned -> the autoencoder's tensors in our names, what they are. Raises ValueError."""
     tensors = dict(flatten(content))
     prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
     require(prefixes, f"{source}: no autoencoder (expected {FIRST}, found {str(list(tensors)[:3])[:200]})")
     prefix = min([p for p in prefixes if p.endswith("first_stage_model.")] or prefixes, key=len)
-    ignored = (f"{prefix}loss.", f"{prefix}model_ema.")
-    own = [name for name in tensors if name.startswith(prefix) and not name.startswith(ignored)]
-    state, naming = {name.removeprefix(prefix): tensors[name] for name in own}, "latent diffusion's"
-    dropped = Counter(name.removeprefix("state_dict.").split(".")[0] for name in tensors.keys() - set(own))
+    ignored, naming = (f"{prefix}loss.", f"{prefix}model_ema."), "latent diffusion's"
+    state = {name.removeprefix(prefix): value for name, value in tensors.items()
+             if name.startswith(prefix) and not name.startswith(ignored)}
+    others = len(tensors) - len(state)
     if any(name.startswith("decoder.mid_block.") for name in state):
-        state = translate(state, [(new, old) for old, new in DIFFUSERS + OLD_DIFFUSERS])
+        state = translate(state, [(new, old) for old, new in DIFFUSERS + OLD_DIFFUSERS], matrices=False)
         naming = "diffusers'"
-    state = {name: value[:, :, None, None] if ".attn" in name and value.ndim == 2 else value
-             for name, value in state.items()}  # matrices in diffusers
-    return state, f"names: {naming}, after {prefix!r}; left out: {dict(dropped.most_common(20))}"
+    return state, f"names: {naming}, after {prefix!r}; tensors left out: {others}"
 
 def architecture(state):
     """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
@@ -518,16 +497,15 @@ def architecture(state):
             "quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
 
 def fill(make, state, source):
-    """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises LoadError."""
-    with explained(f"{source}: not a model that we know"):
-        with torch.device("meta"):  # shapes only
-            module = make()
-        copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
-        module.load_state_dict(copies, assign=True)
+    """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises ValueError."""
+    with explained(f"{source}: not a model that we know"), torch.device("meta"):  # shapes only
+        module = make()
+        module.load_state_dict({name: value.detach().to(torch.float32, copy=True)
+                                for name, value in state.items()}, assign=True)
     return module.eval()
 
 def from_state(state, source="state_dict"):
-    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises LoadError."""
+    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises ValueError."""
     return fill(lambda: Autoencoder(Config(**architecture(state))), state, source)
 
 # What is published, by its name: the file that it becomes in torch's hub cache, and its address.
@@ -539,27 +517,25 @@ PUBLISHED |= {"church": ("church_pipeline.pt", DRIVE + "1-174o5MywJYhhOcYI6yzMfU
               "imagenet": ("inet_pipeline.pt", DRIVE + "1-Td-danBSRX4IhlXAD_CtgFARbu4C9hH")}
 
 def local(name):
-    """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises LoadError."""
+    """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises ValueError."""
     if os.path.isfile(name) or name not in PUBLISHED:
         return name
-    (file, address), folder = PUBLISHED[name], os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, file)
-    if os.path.isfile(path):
-        return path
-    with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            print(f"{name}: downloading {address}", file=sys.stderr)
-            came = os.path.join(temporary, "download")
-            torch.hub.download_url_to_file(address, came)
-            weights = unpack(came, temporary)
-            read(weights)  # only what can be used is kept
-            os.replace(weights, path)
+    file, address = PUBLISHED[name]
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+    if not os.path.isfile(path):
+        with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
+                print(f"{name}: downloading {address}", file=sys.stderr)
+                came = os.path.join(temporary, file)
+                torch.hub.download_url_to_file(address, came)
+                read(came)  # only what can be used is kept
+                os.replace(came, path)
     return path
 
 def load(path):
     """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
-    VQModel), the paper's pipelines or train.py, told apart by content. Raises LoadError."""
+    VQModel), the paper's pipelines or train.py, told apart by content. Raises ValueError."""
     ae, beside = from_state(find(read(path), path)[0], path), Path(local(path)).with_name("config.json")
     text = beside.read_text(errors="replace") if beside.is_file() else ""  # diffusers', perhaps
     require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
@@ -569,18 +545,16 @@ def load(path):
 def write(path, save):
     """Write a file whole or not at all: `save(file)` fills a temporary one, which then takes the name."""
     temporary = f"{path}.tmp"
-    try:
+    with explained(f"{path}: cannot be written"):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise LoadError(f"{path}: cannot be written ({e.__context__ or e})") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        try:
+            with open(temporary, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 def save_safetensors(state, file):
     """Write a state_dict of float32 in the layout that load_safetensors reads."""
@@ -624,7 +598,7 @@ def convert(source, target):
     ae = load(source)
     state = ae.state_dict()
     if target.endswith(".safetensors"):
-        write(target, lambda file: save_safetensors(to_diffusers(state), file))
+        write(target, lambda file: save_safetensors(translate(state, DIFFUSERS, matrices=True), file))
     else:
         write(target, lambda file: torch.save({"state_dict": state}, file))
     if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
