@@ -1,7 +1,5 @@
 """The autoencoders of latent diffusion (Rombach et al., 2022), KL and VQ, in one file that needs torch only.
 
-They are the first stage of "High Fidelity Image Synthesis With Deep VAEs In Latent Space" (2023).
-
     ae = load("model.ckpt")                     # an official file, or ours; its tensors tell the architecture
     h = ae.encode(x)                            # x (B, 3, H, W) in [-1, 1] -> h (B, C, H/f, W/f)
     x = ae.decode(h)
@@ -15,6 +13,7 @@ Shapes: B batch, H W image size, C latent channels, f downsampling factor.
 import argparse
 import json
 import math
+import mmap
 import os
 import pickletools
 import re
@@ -192,9 +191,6 @@ class Autoencoder(nn.Module):
 
     def moments(self, x):
         """x as in `encode` -> mean and log-variance of the posterior (KL), features and None (VQ)."""
-        f = self.config.f
-        if x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"images are {tuple(x.shape)}: expected (B, 3, H, W), H and W multiples of {f}")
         h = self.quant_conv(self.encoder(x)).float()  # (B, 2C, H/f, W/f), or C for VQ
         if self.config.codebook:
             return h, None
@@ -202,7 +198,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled. Raises ValueError."""
+        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled."""
         return self.moments(x)[0]
 
     def decode(self, h):
@@ -243,9 +239,8 @@ def perceptual_network(device="cpu"):
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
     """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
 
-    x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f); average(tensors) puts the mean over all processes into
-    them. The first is sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image.
-    """
+    noise (B, C, H/f, W/f); average(tensors) puts the mean over all processes into them. The first loss is
+    sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image."""
     config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
@@ -364,8 +359,8 @@ def check_pickle(data):
         work += size  # grows with nesting and with repeated use
         stack[start:] = [made] * len(operation.stack_after)
         unwanted = name in ("LONG1", "GLOBAL") and re.search(UNWANTED, str(value))
-        require(not unwanted and max(position, work // 4) <= 1 << 22,  # bytes; real ones: below half of it
-                "a hostile file, or one of sparse, quantised or missing tensors")
+        short = max(position, work // 4) <= 1 << 22  # bytes; real pickles stay below half of it
+        require(short and not unwanted, "too much work, or tensors that are not plain")
 
 def load_zip(path):
     """torch.save's format since 1.6; what it names and torch does not know becomes Inert."""
@@ -373,7 +368,7 @@ def load_zip(path):
         entries = archive.infolist()
         total = sum(entry.file_size for entry in entries)
         require(total <= os.path.getsize(path) and not any(entry.compress_type for entry in entries),
-                "no .ckpt in it; or its parts are compressed or overlap, which torch does not write")
+                "no .ckpt in it; or its parts are compressed or overlap")
         for entry in entries:
             if entry.filename.lower().endswith("data.pkl"):
                 check_pickle(archive.read(entry))
@@ -382,20 +377,18 @@ def load_zip(path):
     with torch.serialization.safe_globals(inert):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
-def load_safetensors(path):
+def load_safetensors(file):
     """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors; floats only."""
-    mapped, tensors = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8), {}
-    start = 8 + int.from_bytes(mapped[:8].numpy(), "little")  # where the tensors begin
-    header = json.loads(mapped[8:min(start, 100_000_000)].numpy().tobytes())
+    mapped, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
+    start = 8 + int.from_bytes(mapped[:8], "little")  # where the tensors begin
+    header = json.loads(mapped[8:min(start, 100_000_000)])
     header.pop("__metadata__", None)
-    total = sum(end - begin for begin, end in (entry["data_offsets"] for entry in header.values()))
-    require(start + total == len(mapped), "its tensors do not fill it")
     for name, entry in header.items():
         if dtype := SAFETENSORS.get(entry["dtype"]):
             begin, end = entry["data_offsets"]
-            data = mapped[start + begin:start + end]
-            aligned = data.clone() if data.data_ptr() % dtype.itemsize else data
-            tensors[name] = aligned.view(dtype).view(entry["shape"])
+            values = torch.frombuffer(mapped, dtype=dtype, offset=start + begin,
+                                      count=(end - begin) // dtype.itemsize)
+            tensors[name] = values.view(entry["shape"])
     return tensors
 
 def unpack(path, folder):
@@ -403,37 +396,34 @@ def unpack(path, folder):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if entry.filename.endswith(".ckpt") and "._" not in entry.filename:  # a Mac's own
+                if entry.filename.endswith(".ckpt"):
                     require(entry.file_size <= max(1 << 30, 4 * entry.compress_size), "its .ckpt is a bomb")
                     return archive.extract(entry, folder)
     return path
 
-def contents(path):
-    """What `read` returns; raises whatever a broken or hostile file provokes."""
-    with open(path, "rb") as file:
-        head = file.read(len(LEGACY))
-        if head == LEGACY:
-            for _ in range(4):  # version, machine, content, keys
-                check_pickle(file)
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        elif head.startswith(b"PK\x03\x04"):
-            content = load_zip(path)
-        else:
-            require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
-            content = load_safetensors(path)
-    size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
-    require(size <= 2 * os.path.getsize(path), "it holds more than its size")  # tied weights count twice
-    return content
-
 def read(path):
     """What a file of weights, or what is published by a name, holds: plain containers and CPU tensors, views
-    of the mapped file: copy what is to be kept. Raises ValueError."""
+    of the mapped file. Raises ValueError."""
     path = local(path)
-    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with explained(f"{path} cannot be read: missing, truncated, damaged or hostile"), temporary as folder, \
+    with explained(f"{path} cannot be read: missing, truncated, damaged or hostile"), \
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
             warnings.catch_warnings(action="ignore"):
         require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
-        return contents(unpack(path, folder))
+        path = unpack(path, folder)
+        with open(path, "rb") as file:
+            head = file.read(len(LEGACY))
+            if head == LEGACY:
+                for _ in range(4):  # version, machine, content, keys
+                    check_pickle(file)
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            elif head.startswith(b"PK\x03\x04"):
+                content = load_zip(path)
+            else:
+                require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
+                content = load_safetensors(file)
+        size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
+        require(size <= 2 * os.path.getsize(path), "it holds more than its size")  # tied weights count twice
+        return content
 
 # ---------------------------------------------------------------- the autoencoder in a file
 # Fragments of names in latent diffusion's files, which are ours, and in diffusers', replaced in this order.
@@ -442,45 +432,37 @@ DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_blo
              (".block.", ".resnets."), (".attn.", ".attentions."), (".downsample.", ".downsamplers.0."),
              (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."),
              (".norm_out.", ".conv_norm_out."), (".norm.", ".group_norm."), (".q.", ".to_q."),
-             (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0.")]
-OLD_DIFFUSERS = [(".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
+             (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),  # and in older files:
+             (".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
 FIRST = "encoder.conv_in.weight"                    # every autoencoder has it, in both namings
-LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # a level of the decoder, in both
+LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # of the decoder: diffusers counts from the other end
 
-def translate(state, pairs, matrices):
-    """A state_dict in other names, attention as matrices (diffusers') or 1x1 convolutions, and the decoder's
-    levels counted from the other end."""
+def translate(state, to_diffusers):
+    """A state_dict in diffusers' names, or from them in ours. Attention: matrices there, 1x1 kernels here."""
+    pairs = DIFFUSERS if to_diffusers else [(theirs, ours) for ours, theirs in DIFFUSERS]
     levels, result = [int(found[2]) for found in map(LEVEL.match, state) if found], {}
     for name, value in state.items():
-        if ".att" in name and value.ndim == (4 if matrices else 2):
-            value = value.flatten(1) if matrices else value[:, :, None, None]
+        if ".att" in name and value.ndim == (4 if to_diffusers else 2):
+            value = value.flatten(1) if to_diffusers else value[:, :, None, None]
         for old, new in pairs:
             name = name.replace(old, new)
         result[LEVEL.sub(lambda found: f"{found[1]}{max(levels) - int(found[2])}", name)] = value
     return result
 
-def flatten(content, prefix="", depth=3):
-    """The tensors of real numbers in nested dicts, as pairs (names joined by dots, tensor)."""
-    for key, value in content.items() if isinstance(content, dict) and depth >= 0 else ():
-        if type(key) is str and torch.is_tensor(value) and value.is_floating_point():
-            yield prefix + key, value.detach()
-        elif type(key) is str:
-            yield from flatten(value, f"{prefix}{key}.", depth - 1)
-
 def find(content, source):
     """What `read` returned -> the autoencoder's tensors in our names, what they are. Raises ValueError."""
-    tensors = dict(flatten(content))
-    prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
-    require(prefixes, f"{source}: no autoencoder (expected {FIRST}, found {str(list(tensors)[:3])[:200]})")
-    prefix = min([p for p in prefixes if p.endswith("first_stage_model.")] or prefixes, key=len)
-    ignored, naming = (f"{prefix}loss.", f"{prefix}model_ema."), "latent diffusion's"
+    parts = [content, *content.values()] if isinstance(content, dict) else []
+    found = [(name.removesuffix(FIRST), part) for part in parts if isinstance(part, dict) for name in part
+             if type(name) is str and f".{name}".endswith(f".{FIRST}")]
+    require(found, f"{source}: no autoencoder: expected {FIRST}")
+    prefix, tensors = min(found, key=lambda some: (not some[0].endswith("first_stage_model."), len(some[0])))
+    ignored = (f"{prefix}loss.", f"{prefix}model_ema.")
     state = {name.removeprefix(prefix): value for name, value in tensors.items()
-             if name.startswith(prefix) and not name.startswith(ignored)}
-    others = len(tensors) - len(state)
-    if any(name.startswith("decoder.mid_block.") for name in state):
-        state = translate(state, [(new, old) for old, new in DIFFUSERS + OLD_DIFFUSERS], matrices=False)
-        naming = "diffusers'"
-    return state, f"names: {naming}, after {prefix!r}; tensors left out: {others}"
+             if torch.is_tensor(value) and value.is_floating_point() and type(name) is str
+             and name.startswith(prefix) and not name.startswith(ignored)}
+    theirs = any(name.startswith("decoder.mid_block.") for name in state)
+    told = f"{'diffusers' if theirs else 'our'} names after {prefix!r}, {len(tensors) - len(state)} left out"
+    return translate(state, to_diffusers=False) if theirs else state, told
 
 def architecture(state):
     """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
@@ -534,8 +516,7 @@ def local(name):
     return path
 
 def load(path):
-    """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
-    VQModel), the paper's pipelines or train.py, told apart by content. Raises ValueError."""
+    """An Autoencoder in evaluation mode, of any file that README names. Raises ValueError."""
     ae, beside = from_state(find(read(path), path)[0], path), Path(local(path)).with_name("config.json")
     text = beside.read_text(errors="replace") if beside.is_file() else ""  # diffusers', perhaps
     require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
@@ -572,39 +553,33 @@ def diffusers_config(config):
     """The config.json with which diffusers' AutoencoderKL or VQModel takes our weights."""
     down = ["AttnDownEncoderBlock2D" if i in config.attention else "DownEncoderBlock2D"
             for i in range(len(config.mult))]
-    kind = {"_class_name": "AutoencoderKL", "scaling_factor": 1.0, "use_quant_conv": config.quant_conv,
-            "use_post_quant_conv": config.post_quant_conv}
-    if config.codebook:
-        kind = {"_class_name": "VQModel", "num_vq_embeddings": config.codebook}
-    return kind | {"down_block_types": down, "block_out_channels": config.widths,
-                   "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
-                   "layers_per_block": config.blocks, "latent_channels": config.z_channels,
-                   "mid_block_add_attention": config.mid_attention}
+    return {"_class_name": "VQModel" if config.codebook else "AutoencoderKL", "scaling_factor": 1.0,
+            "num_vq_embeddings": config.codebook, "use_quant_conv": config.quant_conv,
+            "use_post_quant_conv": config.post_quant_conv, "down_block_types": down,
+            "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
+            "block_out_channels": config.widths, "layers_per_block": config.blocks,
+            "latent_channels": config.z_channels, "mid_block_add_attention": config.mid_attention}
 
 def info(path):
     """Say what a file is, in a few lines."""
     ae, (state, told) = load(path), find(read(path), path)
     fields = architecture(state)
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
-    types = ", ".join({str(value.dtype).removeprefix("torch.") for value in state.values()})
     print(f"{'VQ' if ae.config.codebook else 'KL'} autoencoder, f = {ae.config.f}, as {like[0]}")
     print(", ".join(f"{name} {value}" for name, value in fields.items()))
-    print(f"{sum(value.numel() for value in state.values()):,} parameters in {types}")
-    print(told)
+    print(f"{sum(value.numel() for value in state.values()):,} parameters, {told}")
 
 def convert(source, target):
-    """Write an autoencoder, in float32, for latent diffusion or, if it is called .safetensors, for diffusers
-    (as diffusion_pytorch_model.safetensors with the config.json that diffusers wants beside it)."""
+    """Write an autoencoder, in float32: a .safetensors for diffusers, any other for latent diffusion."""
     ae = load(source)
     state = ae.state_dict()
     if target.endswith(".safetensors"):
-        write(target, lambda file: save_safetensors(translate(state, DIFFUSERS, matrices=True), file))
+        write(target, lambda file: save_safetensors(translate(state, to_diffusers=True), file))
     else:
         write(target, lambda file: torch.save({"state_dict": state}, file))
     if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
         text = json.dumps(diffusers_config(ae.config), indent=2)
         write(os.path.join(os.path.dirname(target), "config.json"), lambda file: file.write(text.encode()))
-    print(printable(f"{target}: {len(state)} tensors"))
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ValueErrors of one line, and which takes no shortened options."""
@@ -633,7 +608,6 @@ def cli(main):
         print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 def main(argv=None):
