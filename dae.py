@@ -384,10 +384,11 @@ def load_safetensors(file):
     header = json.loads(mapped[8:min(start, 100_000_000)])
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if dtype := SAFETENSORS.get(entry["dtype"]):
-            begin, end = entry["data_offsets"]
-            values = torch.frombuffer(mapped, dtype=dtype, offset=start + begin,
-                                      count=(end - begin) // dtype.itemsize)
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] in SAFETENSORS and begin < end:
+            dtype = SAFETENSORS[entry["dtype"]]
+            values = torch.frombuffer(mapped, dtype=dtype, count=(end - begin) // dtype.itemsize,
+                                      offset=start + begin)
             tensors[name] = values.view(entry["shape"])
     return tensors
 
@@ -508,7 +509,6 @@ def local(name):
         with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
-                print(f"{name}: downloading {address}", file=sys.stderr)
                 came = os.path.join(temporary, file)
                 torch.hub.download_url_to_file(address, came)
                 read(came)  # only what can be used is kept

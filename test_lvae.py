@@ -197,7 +197,7 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 613, "dae": 676, "train": 820, "sample": 645, "test_lvae": 835}, 0
+    budgets, raises = {"lvae": 613, "dae": 624, "train": 820, "sample": 645, "test_lvae": 835}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
