@@ -238,9 +238,8 @@ def perceptual_network(device="cpu"):
 
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
     """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
-
-    noise (B, C, H/f, W/f); average(tensors) puts the mean over all processes into them. The first loss is
-    sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image."""
+    The first is sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image; average(tensors)
+    puts the mean over all processes into them."""
     config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
@@ -319,7 +318,8 @@ def explained(problem):
     try:
         yield
     except Exception as e:  # of a broken file, a library, a device, the network; torch's words are many
-        cause = printable(str(e).replace("\n\t", " ").split(". ")[0][:300]) or type(e).__name__
+        e = e.__context__ if isinstance(e.__context__, OSError) else e  # of torch's writer: a full disk
+        cause = printable(re.split(r"\b\. ", str(e).replace("\n\t", " "))[0][:300]) or type(e).__name__
         raise ValueError(f"{problem} ({cause})") from None
 
 class Inert:
@@ -457,10 +457,9 @@ def find(content, source):
              if type(name) is str and f".{name}".endswith(f".{FIRST}")]
     require(found, f"{source}: no autoencoder: expected {FIRST}")
     prefix, tensors = min(found, key=lambda some: (not some[0].endswith("first_stage_model."), len(some[0])))
-    ignored = (f"{prefix}loss.", f"{prefix}model_ema.")
     state = {name.removeprefix(prefix): value for name, value in tensors.items()
              if torch.is_tensor(value) and value.is_floating_point() and type(name) is str
-             and name.startswith(prefix) and not name.startswith(ignored)}
+             and name.startswith(prefix) and not name.startswith((f"{prefix}loss.", f"{prefix}model_ema."))}
     theirs = any(name.startswith("decoder.mid_block.") for name in state)
     told = f"{'diffusers' if theirs else 'our'} names after {prefix!r}, {len(tensors) - len(state)} left out"
     return translate(state, to_diffusers=False) if theirs else state, told
@@ -509,8 +508,9 @@ def local(name):
         with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
-                came = os.path.join(temporary, file)
+                came = os.path.join(temporary, "download")
                 torch.hub.download_url_to_file(address, came)
+                came = unpack(came, temporary)
                 read(came)  # only what can be used is kept
                 os.replace(came, path)
     return path
