@@ -1,7 +1,5 @@
 """The autoencoders of latent diffusion (Rombach et al., 2022), KL and VQ, in one file that needs torch only.
 
-They are the first stage of "High Fidelity Image Synthesis With Deep VAEs In Latent Space" (2023).
-
     ae = load("model.ckpt")                     # an official file, or ours; its tensors tell the architecture
     h = ae.encode(x)                            # x (B, 3, H, W) in [-1, 1] -> h (B, C, H/f, W/f)
     x = ae.decode(h)
@@ -15,6 +13,7 @@ Shapes: B batch, H W image size, C latent channels, f downsampling factor.
 import argparse
 import json
 import math
+import mmap
 import os
 import pickletools
 import re
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,9 +191,6 @@ class Autoencoder(nn.Module):
 
     def moments(self, x):
         """x as in `encode` -> mean and log-variance of the posterior (KL), features and None (VQ)."""
-        f = self.config.f
-        if x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"images are {tuple(x.shape)}: expected (B, 3, H, W), H and W multiples of {f}")
         h = self.quant_conv(self.encoder(x)).float()  # (B, 2C, H/f, W/f), or C for VQ
         if self.config.codebook:
             return h, None
@@ -202,7 +198,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled. Raises ValueError."""
+        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled."""
         return self.moments(x)[0]
 
     def decode(self, h):
@@ -242,10 +238,8 @@ def perceptual_network(device="cpu"):
 
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
     """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
-
-    x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f); average(tensors) puts the mean over all processes into
-    them. The first is sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image.
-    """
+    The first is sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image; average(tensors)
+    puts the mean over all processes into them."""
     config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
@@ -314,21 +308,19 @@ def printable(text):
     """Text that a file may have a part in, its control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-class LoadError(ValueError):
-    """What cannot be used, a file or an option, in one line: what is wrong, what to do."""
-
 def require(condition, problem):
     if not condition:
-        raise LoadError(problem)
+        raise ValueError(problem)
 
 @contextmanager
 def explained(problem):
-    """Whatever goes wrong inside becomes a LoadError: the problem, and in brackets its cause."""
+    """Whatever goes wrong inside becomes a ValueError: the problem, and in brackets its cause."""
     try:
         yield
-    except Exception as e:  # of a broken file, a library, a device, the network
-        cause = printable(str(e).replace("\n\t", " ")[:300]) or type(e).__name__
-        raise LoadError(f"{problem} ({cause})") from None
+    except Exception as e:  # of a broken file, a library, a device, the network; torch's words are many
+        e = e.__context__ if isinstance(e.__context__, OSError) else e  # of torch's writer: a full disk
+        cause = printable(re.split(r"\b\. ", str(e).replace("\n\t", " "))[0][:300]) or type(e).__name__
+        raise ValueError(f"{problem} ({cause})") from None
 
 class Inert:
     """What a file makes of a class or function that torch does not know. It holds nothing."""
@@ -343,9 +335,8 @@ class InertDict:
         return OrderedDict()  # torch puts items into real dicts only
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files before 1.6 begin
-UNWANTED = "bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # names in a pickle
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+UNWANTED = r"\d{19}|bytearray|sparse|_rebuild_(?!tensor|parameter\b)"  # integers with one hash, names
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def check_pickle(data):
     """Refuse a pickle that would crash torch's reader or keep it busy: its operations are run on the sizes
@@ -353,27 +344,23 @@ def check_pickle(data):
     stack, marks, memo, work = [], [], {}, 0  # an object is a list of one number, its size
     for operation, value, position in pickletools.genops(data):
         name, takes = operation.name, operation.stack_before
-        if name.endswith("GET"):
-            stack.append(memo[value])
-        elif name.endswith("PUT"):
+        start = len(stack) - len(takes)
+        if name.endswith("PUT"):
             memo[value] = stack[-1]
         elif name == "MARK":
-            marks.append(len(stack))
-        else:
-            start = len(stack) - len(takes)
-            if pickletools.markobject in takes:
-                start = marks.pop() - takes.index(pickletools.markobject)
-            taken = stack[start:]
-            made = taken.pop(0) if name.startswith(("APPEND", "SETITEM", "BUILD")) else [1]
-            size = sum(number for number, in taken)
-            made[0] += size
-            work += size                      # grows with nesting and with repeated use
-            stack[start:] = [made] * len(operation.stack_after)
-        slow_to_hash = type(value) is int and abs(value) >> 61
-        unwanted = name == "GLOBAL" and re.search(UNWANTED, value)
+            marks.append(start)
+        elif pickletools.markobject in takes:
+            start = marks.pop() - takes.index(pickletools.markobject)
+        made, taken = memo[value] if name.endswith("GET") else [1], stack[start:]
+        if name.startswith(("APPEND", "SETITEM", "BUILD")):
+            made = taken.pop(0)
+        size = sum(number for number, in taken)
+        made[0] += size
+        work += size  # grows with nesting and with repeated use
+        stack[start:] = [made] * len(operation.stack_after)
+        unwanted = name in ("LONG1", "GLOBAL") and re.search(UNWANTED, str(value))
         short = max(position, work // 4) <= 1 << 22  # bytes; real pickles stay below half of it
-        require(short and not slow_to_hash and not unwanted,
-                "a hostile file, or one of sparse, quantised or missing tensors")
+        require(short and not unwanted, "too much work, or tensors that are not plain")
 
 def load_zip(path):
     """torch.save's format since 1.6; what it names and torch does not know becomes Inert."""
@@ -381,7 +368,7 @@ def load_zip(path):
         entries = archive.infolist()
         total = sum(entry.file_size for entry in entries)
         require(total <= os.path.getsize(path) and not any(entry.compress_type for entry in entries),
-                "no .ckpt in it; or its parts are compressed or overlap, which torch does not write")
+                "no .ckpt in it; or its parts are compressed or overlap")
         for entry in entries:
             if entry.filename.lower().endswith("data.pkl"):
                 check_pickle(archive.read(entry))
@@ -390,20 +377,19 @@ def load_zip(path):
     with torch.serialization.safe_globals(inert):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
-def load_safetensors(path):
+def load_safetensors(file):
     """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors; floats only."""
-    mapped, tensors = torch.from_file(path, size=os.path.getsize(path), dtype=torch.uint8), {}
-    start = 8 + int.from_bytes(mapped[:8].numpy(), "little")  # where the tensors begin
-    header = json.loads(mapped[8:min(start, 100_000_000)].numpy().tobytes())
+    mapped, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
+    start = 8 + int.from_bytes(mapped[:8], "little")  # where the tensors begin
+    header = json.loads(mapped[8:min(start, 100_000_000)])
     header.pop("__metadata__", None)
-    lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
-    require(start + sum(lengths) == len(mapped), "truncated or damaged: its tensors do not fill it")
     for name, entry in header.items():
-        if dtype := SAFETENSORS.get(entry["dtype"]):
-            begin, end = entry["data_offsets"]
-            data = mapped[start + begin:start + end]
-            aligned = data.clone() if data.data_ptr() % dtype.itemsize else data
-            tensors[name] = aligned.view(dtype).view(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] in SAFETENSORS and begin < end:
+            dtype = SAFETENSORS[entry["dtype"]]
+            values = torch.frombuffer(mapped, dtype=dtype, count=(end - begin) // dtype.itemsize,
+                                      offset=start + begin)
+            tensors[name] = values.view(entry["shape"])
     return tensors
 
 def unpack(path, folder):
@@ -411,45 +397,34 @@ def unpack(path, folder):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if entry.filename.endswith(".ckpt") and "._" not in entry.filename:  # a Mac's own
+                if entry.filename.endswith(".ckpt"):
                     require(entry.file_size <= max(1 << 30, 4 * entry.compress_size), "its .ckpt is a bomb")
                     return archive.extract(entry, folder)
     return path
 
-def contents(path):
-    """What `read` returns; raises whatever a broken or hostile file provokes."""
-    with open(path, "rb") as file:
-        head = file.read(len(LEGACY))
-        if head == LEGACY:
-            for _ in range(4):  # version, machine, content, keys
-                check_pickle(file)
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        elif head.startswith(b"PK\x03\x04"):
-            content = load_zip(path)
-        else:
-            require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
-            content = load_safetensors(path)
-    tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
-    for tensor in tensors:
-        vars(tensor).clear()  # attributes that the file gave it
-    require(sum(tensor.nbytes for tensor in tensors) <= 2 * os.path.getsize(path),  # tied weights count twice
-            "a hostile file: what it holds is larger than itself")
-    return content
-
 def read(path):
     """What a file of weights, or what is published by a name, holds: plain containers and CPU tensors, views
-    of the mapped file: copy what is to be kept. Raises LoadError."""
+    of the mapped file. Raises ValueError."""
     path = local(path)
-    try:
+    with explained(f"{path} cannot be read: missing, truncated, damaged or hostile"), \
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
+            warnings.catch_warnings(action="ignore"):
         require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
-        temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        with temporary as folder, warnings.catch_warnings(action="ignore"):
-            return contents(unpack(path, folder))
-    except LoadError as e:
-        cause = e
-    except Exception as e:  # torch's own words are long and coloured
-        cause = getattr(e, "strerror", None) or f"a truncated, damaged or hostile file ({type(e).__name__})"
-    raise LoadError(f"{path}: {cause}")
+        path = unpack(path, folder)
+        with open(path, "rb") as file:
+            head = file.read(len(LEGACY))
+            if head == LEGACY:
+                for _ in range(4):  # version, machine, content, keys
+                    check_pickle(file)
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            elif head.startswith(b"PK\x03\x04"):
+                content = load_zip(path)
+            else:
+                require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
+                content = load_safetensors(file)
+        size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
+        require(size <= 2 * os.path.getsize(path), "it holds more than its size")  # tied weights count twice
+        return content
 
 # ---------------------------------------------------------------- the autoencoder in a file
 # Fragments of names in latent diffusion's files, which are ours, and in diffusers', replaced in this order.
@@ -458,50 +433,36 @@ DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_blo
              (".block.", ".resnets."), (".attn.", ".attentions."), (".downsample.", ".downsamplers.0."),
              (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."),
              (".norm_out.", ".conv_norm_out."), (".norm.", ".group_norm."), (".q.", ".to_q."),
-             (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0.")]
-OLD_DIFFUSERS = [(".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
+             (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),  # and in older files:
+             (".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
 FIRST = "encoder.conv_in.weight"                    # every autoencoder has it, in both namings
-LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # a level of the decoder, in both
+LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # of the decoder: diffusers counts from the other end
 
-def translate(state, pairs):
-    """A state_dict in other names, and with the decoder's levels counted from the other end."""
+def translate(state, to_diffusers):
+    """A state_dict in diffusers' names, or from them in ours. Attention: matrices there, 1x1 kernels here."""
+    pairs = DIFFUSERS if to_diffusers else [(theirs, ours) for ours, theirs in DIFFUSERS]
     levels, result = [int(found[2]) for found in map(LEVEL.match, state) if found], {}
     for name, value in state.items():
+        if ".att" in name and value.ndim == (4 if to_diffusers else 2):
+            value = value.flatten(1) if to_diffusers else value[:, :, None, None]
         for old, new in pairs:
             name = name.replace(old, new)
         result[LEVEL.sub(lambda found: f"{found[1]}{max(levels) - int(found[2])}", name)] = value
     return result
 
-def to_diffusers(state):
-    """A state_dict in latent diffusion's names -> diffusers' (AutoencoderKL, VQModel)."""
-    matrices = {name: value.flatten(1) if ".attn" in name and value.ndim == 4 else value
-                for name, value in state.items()}
-    return translate(matrices, DIFFUSERS)
-
-def flatten(content, prefix="", depth=3):
-    """The tensors of real numbers in nested dicts, as pairs (names joined by dots, tensor)."""
-    for key, value in content.items() if isinstance(content, dict) and depth >= 0 else ():
-        if type(key) is str and torch.is_tensor(value) and value.is_floating_point():
-            yield prefix + key, value.detach()
-        elif type(key) is str:
-            yield from flatten(value, f"{prefix}{key}.", depth - 1)
-
 def find(content, source):
-    """What `read` returned -> the autoencoder's tensors in our names, and what they are. Raises LoadError."""
-    tensors = dict(flatten(content))
-    prefixes = [name.removesuffix(FIRST) for name in tensors if f".{name}".endswith(f".{FIRST}")]
-    require(prefixes, f"{source}: no autoencoder (expected {FIRST}, found {str(list(tensors)[:3])[:200]})")
-    prefix = min([p for p in prefixes if p.endswith("first_stage_model.")] or prefixes, key=len)
-    ignored = (f"{prefix}loss.", f"{prefix}model_ema.")
-    own = [name for name in tensors if name.startswith(prefix) and not name.startswith(ignored)]
-    state, naming = {name.removeprefix(prefix): tensors[name] for name in own}, "latent diffusion's"
-    dropped = Counter(name.removeprefix("state_dict.").split(".")[0] for name in tensors.keys() - set(own))
-    if any(name.startswith("decoder.mid_block.") for name in state):
-        state = translate(state, [(new, old) for old, new in DIFFUSERS + OLD_DIFFUSERS])
-        naming = "diffusers'"
-    state = {name: value[:, :, None, None] if ".attn" in name and value.ndim == 2 else value
-             for name, value in state.items()}  # matrices in diffusers
-    return state, f"names: {naming}, after {prefix!r}; left out: {dict(dropped.most_common(20))}"
+    """What `read` returned -> the autoencoder's tensors in our names, what they are. Raises ValueError."""
+    parts = [content, *content.values()] if isinstance(content, dict) else []
+    found = [(name.removesuffix(FIRST), part) for part in parts if isinstance(part, dict) for name in part
+             if type(name) is str and f".{name}".endswith(f".{FIRST}")]
+    require(found, f"{source}: no autoencoder: expected {FIRST}")
+    prefix, tensors = min(found, key=lambda some: (not some[0].endswith("first_stage_model."), len(some[0])))
+    state = {name.removeprefix(prefix): value for name, value in tensors.items()
+             if torch.is_tensor(value) and value.is_floating_point() and type(name) is str
+             and name.startswith(prefix) and not name.startswith((f"{prefix}loss.", f"{prefix}model_ema."))}
+    theirs = any(name.startswith("decoder.mid_block.") for name in state)
+    told = f"{'diffusers' if theirs else 'our'} names after {prefix!r}, {len(tensors) - len(state)} left out"
+    return translate(state, to_diffusers=False) if theirs else state, told
 
 def architecture(state):
     """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
@@ -518,16 +479,15 @@ def architecture(state):
             "quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
 
 def fill(make, state, source):
-    """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises LoadError."""
-    with explained(f"{source}: not a model that we know"):
-        with torch.device("meta"):  # shapes only
-            module = make()
-        copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
-        module.load_state_dict(copies, assign=True)
+    """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises ValueError."""
+    with explained(f"{source}: not a model that we know"), torch.device("meta"):  # shapes only
+        module = make()
+        module.load_state_dict({name: value.detach().to(torch.float32, copy=True)
+                                for name, value in state.items()}, assign=True)
     return module.eval()
 
 def from_state(state, source="state_dict"):
-    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises LoadError."""
+    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises ValueError."""
     return fill(lambda: Autoencoder(Config(**architecture(state))), state, source)
 
 # What is published, by its name: the file that it becomes in torch's hub cache, and its address.
@@ -539,27 +499,24 @@ PUBLISHED |= {"church": ("church_pipeline.pt", DRIVE + "1-174o5MywJYhhOcYI6yzMfU
               "imagenet": ("inet_pipeline.pt", DRIVE + "1-Td-danBSRX4IhlXAD_CtgFARbu4C9hH")}
 
 def local(name):
-    """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises LoadError."""
+    """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises ValueError."""
     if os.path.isfile(name) or name not in PUBLISHED:
         return name
-    (file, address), folder = PUBLISHED[name], os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, file)
-    if os.path.isfile(path):
-        return path
-    with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            print(f"{name}: downloading {address}", file=sys.stderr)
-            came = os.path.join(temporary, "download")
-            torch.hub.download_url_to_file(address, came)
-            weights = unpack(came, temporary)
-            read(weights)  # only what can be used is kept
-            os.replace(weights, path)
+    file, address = PUBLISHED[name]
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+    if not os.path.isfile(path):
+        with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
+                came = os.path.join(temporary, "download")
+                torch.hub.download_url_to_file(address, came)
+                came = unpack(came, temporary)
+                read(came)  # only what can be used is kept
+                os.replace(came, path)
     return path
 
 def load(path):
-    """An Autoencoder in evaluation mode: of latent diffusion, Stable Diffusion, diffusers (AutoencoderKL,
-    VQModel), the paper's pipelines or train.py, told apart by content. Raises LoadError."""
+    """An Autoencoder in evaluation mode, of any file that README names. Raises ValueError."""
     ae, beside = from_state(find(read(path), path)[0], path), Path(local(path)).with_name("config.json")
     text = beside.read_text(errors="replace") if beside.is_file() else ""  # diffusers', perhaps
     require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
@@ -569,18 +526,16 @@ def load(path):
 def write(path, save):
     """Write a file whole or not at all: `save(file)` fills a temporary one, which then takes the name."""
     temporary = f"{path}.tmp"
-    try:
+    with explained(f"{path}: cannot be written"):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise LoadError(f"{path}: cannot be written ({e.__context__ or e})") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        try:
+            with open(temporary, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 def save_safetensors(state, file):
     """Write a state_dict of float32 in the layout that load_safetensors reads."""
@@ -598,39 +553,33 @@ def diffusers_config(config):
     """The config.json with which diffusers' AutoencoderKL or VQModel takes our weights."""
     down = ["AttnDownEncoderBlock2D" if i in config.attention else "DownEncoderBlock2D"
             for i in range(len(config.mult))]
-    kind = {"_class_name": "AutoencoderKL", "scaling_factor": 1.0, "use_quant_conv": config.quant_conv,
-            "use_post_quant_conv": config.post_quant_conv}
-    if config.codebook:
-        kind = {"_class_name": "VQModel", "num_vq_embeddings": config.codebook}
-    return kind | {"down_block_types": down, "block_out_channels": config.widths,
-                   "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
-                   "layers_per_block": config.blocks, "latent_channels": config.z_channels,
-                   "mid_block_add_attention": config.mid_attention}
+    return {"_class_name": "VQModel" if config.codebook else "AutoencoderKL", "scaling_factor": 1.0,
+            "num_vq_embeddings": config.codebook, "use_quant_conv": config.quant_conv,
+            "use_post_quant_conv": config.post_quant_conv, "down_block_types": down,
+            "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
+            "block_out_channels": config.widths, "layers_per_block": config.blocks,
+            "latent_channels": config.z_channels, "mid_block_add_attention": config.mid_attention}
 
 def info(path):
     """Say what a file is, in a few lines."""
     ae, (state, told) = load(path), find(read(path), path)
     fields = architecture(state)
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
-    types = ", ".join({str(value.dtype).removeprefix("torch.") for value in state.values()})
     print(f"{'VQ' if ae.config.codebook else 'KL'} autoencoder, f = {ae.config.f}, as {like[0]}")
     print(", ".join(f"{name} {value}" for name, value in fields.items()))
-    print(f"{sum(value.numel() for value in state.values()):,} parameters in {types}")
-    print(told)
+    print(f"{sum(value.numel() for value in state.values()):,} parameters, {told}")
 
 def convert(source, target):
-    """Write an autoencoder, in float32, for latent diffusion or, if it is called .safetensors, for diffusers
-    (as diffusion_pytorch_model.safetensors with the config.json that diffusers wants beside it)."""
+    """Write an autoencoder, in float32: a .safetensors for diffusers, any other for latent diffusion."""
     ae = load(source)
     state = ae.state_dict()
     if target.endswith(".safetensors"):
-        write(target, lambda file: save_safetensors(to_diffusers(state), file))
+        write(target, lambda file: save_safetensors(translate(state, to_diffusers=True), file))
     else:
         write(target, lambda file: torch.save({"state_dict": state}, file))
     if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
         text = json.dumps(diffusers_config(ae.config), indent=2)
         write(os.path.join(os.path.dirname(target), "config.json"), lambda file: file.write(text.encode()))
-    print(printable(f"{target}: {len(state)} tensors"))
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ValueErrors of one line, and which takes no shortened options."""
@@ -659,7 +608,6 @@ def cli(main):
         print(f"error: {printable(str(e))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 def main(argv=None):

@@ -197,14 +197,14 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 602, "dae": 676, "train": 804, "sample": 597, "test_lvae": 833}, 0
+    budgets, raises = {"lvae": 609, "dae": 624, "train": 805, "sample": 597, "test_lvae": 831}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 203_900
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 201_800
 
 def test_copied_alone():
     for module in ("lvae", "dae"):
@@ -391,7 +391,8 @@ def test_every_file_of_autoencoders():
         state = dae.Autoencoder(config).state_dict()
         torch.save({"state_dict": {**state, "loss.x": torch.ones(1)}, "x": ForeignDict(a=1)}, "model.ckpt")
         quiet(dae.main, f"convert model.ckpt {new}"), quiet(dae.main, f"convert {new} back.pt")
-        older, last = dae.to_diffusers(state), f"decoder.up.{len(config.mult) - 1}.block.1.conv2.bias"
+        older = dae.translate(state, to_diffusers=True)
+        last = f"decoder.up.{len(config.mult) - 1}.block.1.conv2.bias"
         assert older["decoder.up_blocks.0.resnets.1.conv2.bias"] is state[last]
         for names in ("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"):
             older = {k.replace(*names): v for k, v in older.items()}
@@ -406,7 +407,7 @@ def test_every_file_of_autoencoders():
             assert f"mult {config.mult}" in said and "quant_conv %s, post_quant_conv %s" % convs in said
         fields = json.loads(beside.read_text())
         assert config.codebook or (fields["use_quant_conv"], fields["use_post_quant_conv"]) == convs
-        assert "first_stage_model" in said and "'model': 1" in said  # of full.ckpt
+        assert "first_stage_model" in said and ", 1 left out" in said  # of full.ckpt
     beside.write_text('{"norm_num_groups": 32}'), dae.load(new)
     beside.write_text('{"norm_num_groups": 16}'), refused("norm_num_groups", dae.load, new)
 
@@ -424,12 +425,9 @@ def test_hostile_files():
         file.writestr("a/data.pkl", b"\x80\x02}." + bytes(1 << 24))
     state = dae.load("run/dae.pt").state_dict() | {"\x1b\nx" * (1 << 20): torch.ones(1)}  # a long header, too
     dae.write("name.safetensors", lambda file: dae.save_safetensors(state, file))
-    parts = {i: {"dtype": "F32", "shape": [2], "data_offsets": [i, i + 8]} for i in (0, 4)}
-    text = json.dumps(parts).encode()
-    Path("overlap.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
     for name, cause in (("call.pt", ""), ("cut.pt", "truncated"), ("cut.safetensors", "truncated"),
-                        ("overlap.safetensors", "do not fill it"), ("bomb.pt", "compressed"),
-                        ("text.pt", "not a checkpoint"), ("name.safetensors", "\\x1b\\nx")):
+                        ("bomb.pt", "compressed"), ("text.pt", "not a checkpoint"),
+                        ("name.safetensors", "\\x1b\\nx")):
         refused(cause, dae.load, name), refused(name, train.load_checkpoint, name)
     assert not os.path.exists("broken-in")
 
