@@ -335,8 +335,9 @@ class InertDict:
         return OrderedDict()  # torch puts items into real dicts only
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files before 1.6 begin
-UNWANTED = r"\d{19}|bytearray|sparse|_rebuild_(?!tensor|parameter\b)"  # integers with one hash, names
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+UNWANTED = r"\d{19}|bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # integers with one hash, names
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 def check_pickle(data):
     """Refuse a pickle that would crash torch's reader or keep it busy: its operations are run on the sizes
@@ -383,6 +384,8 @@ def load_safetensors(file):
     start = 8 + int.from_bytes(mapped[:8], "little")  # where the tensors begin
     header = json.loads(mapped[8:min(start, 100_000_000)])
     header.pop("__metadata__", None)
+    lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
+    require(start + sum(lengths) == len(mapped), "its tensors do not fill it")
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if entry["dtype"] in SAFETENSORS and begin < end:
@@ -397,7 +400,7 @@ def unpack(path, folder):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if entry.filename.endswith(".ckpt"):
+                if entry.filename.endswith(".ckpt") and "._" not in entry.filename:  # a Mac's own
                     require(entry.file_size <= max(1 << 30, 4 * entry.compress_size), "its .ckpt is a bomb")
                     return archive.extract(entry, folder)
     return path
@@ -422,7 +425,10 @@ def read(path):
             else:
                 require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
                 content = load_safetensors(file)
-        size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
+        tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
+        for tensor in tensors:
+            vars(tensor).clear()  # attributes that the file gave it
+        size = sum(tensor.nbytes for tensor in tensors)
         require(size <= 2 * os.path.getsize(path), "it holds more than its size")  # tied weights count twice
         return content
 
