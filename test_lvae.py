@@ -136,7 +136,7 @@ def refused(expected, function, *arguments, **options):
 
 @cache
 def prepared():
-    """A folder made once: photos, latents, a short run of both stages."""
+    """A folder made once: photos, latents, a short run of both stages, a network."""
     made = tempfile.TemporaryDirectory()
     with chdir(made.name):
         os.makedirs("photos/a"), os.makedirs("photos/b")
@@ -144,6 +144,7 @@ def prepared():
             Image.fromarray(train.toy(i, 32)[0]).save(f"photos/{'ab'[i % 2]}/{i}.png")
         np.savez("latents.npz", latents=3 + 5 * seeded(0, 24, 4, 16, 16), labels=np.arange(24) % 3)
         training(PHOTOS + "run")
+        torch.jit.script(Inception(3, 6, 4, 4).requires_grad_(False)).save("net.pt")
     return made
 
 @contextmanager
@@ -184,16 +185,14 @@ def test_autoencoders_equal_the_original():
         close(h.flatten()[:42:14], latent, 1e-4)
         close(ae.decode(seeded(2, *h.shape)).flatten()[100:1000:422], image, 1e-4)
 
-def test_parameter_counts_are_those_of_the_readme():
+def test_names_and_numbers_of_the_readme():
+    rows = re.findall(r"^\| .* \| (\w+)\.py \| `(\w+)` \|$", README, re.M)
+    assert len(rows) >= 17 and all(hasattr(sys.modules[module], name) for module, name in rows)
     names = "church bedroom-f4 bedroom-f8 bedroom-f16 imagenet church-rgb32 church-upsampler church-pixel"
     with torch.device("meta"):
         models = [lvae.LVAE(lvae.PRESETS[name]) for name in names.split()]
     counts = [f"{sum(p.numel() for p in model.parameters()):,}" for model in models]
     assert counts == re.findall(r"\d{2,3},\d{3},\d{3}", README)
-
-def test_every_name_in_the_map_exists():
-    rows = re.findall(r"^\| .* \| (\w+)\.py \| `(\w+)` \|$", README, re.M)
-    assert len(rows) >= 17 and all(hasattr(sys.modules[module], name) for module, name in rows)
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
@@ -467,7 +466,9 @@ def test_released_pipelines():
     assert state["config"] == replace(config, attention="released", lr=1e-9, warmup=0, steps=2)
     assert state["step"] == 2 and same(state["dae"], ae.state_dict())
     sampler = sample.Sampler("on/checkpoint.pt", precision="fp32")
-    assert [sampler.labels(text) for text in ("tench", "TENC", "0")] == [[0]] * 3
+    sampler.folders = ["cats, small", "dogs"]
+    texts = "tench", "TENC", "0", "Cats, small", "dogs, cats"
+    assert [sampler.labels(text) for text in texts] == [[0]] * 4 + [[1, 0]]
     close(sampler.generate(noise, 1), model.generate(noise, 1))
 
 # ---------------- commands
@@ -503,15 +504,13 @@ def test_figures():
     noise = sampler.posterior(pair, own)
     ends, mixed = (sampler.images(eps, own) for eps in (noise, noise[:1] + sampler.noise(0, [0, 1])[1:]))
     sampling(f"reconstruct {RUN} {A} {B} --groups 1")
-    original, alone, back, first = cells("reconstructions.png", 4, 2)
-    assert near(original, [images[0], images[10]], 0) and near(alone, sampler.decode(pair))
-    assert near(back, ends) and near(first, mixed)
+    rows = [images[0], images[10]], sampler.decode(pair), ends, mixed
+    assert near(cells("reconstructions.png", 4, 2), rows)
     sampling(f"interpolate {RUN} {A} {B} --steps 3")
     *middle, embedded = [(a[:1] + a[1:]) / 2 for a in (*noise, sampler.model.embedding(own))]
     steps = [images[0], ends[0], *sampler.images(middle, embedded), ends[1], images[10]]
     assert near(cells("interpolation.png", 1, 5)[0], steps)
-    drawn = sampler.generate(sampler.noise(0, range(64)), 0)
-    out = sampler.model(drawn, 0, [torch.zeros(64, *shape) for shape in sampler.model.latent_shapes()])
+    out = sampler.infer(sampler.generate(sampler.noise(0, range(64)), 0), 0)
     kl = torch.stack([lvae.gaussian_kl(l.posterior, l.prior).sum((0, 2, 3)) for l in out.latents[:2]])
     channels = list(map(int, re.findall(r"channel (\d+)", sampling(f"manifold {RUN}"))))
     assert channels == kl.argmax(1).tolist()
@@ -527,22 +526,17 @@ def test_figures():
     distances = (x - drawn).flatten(1).norm(dim=1).sort().values[:3]
     found = re.findall(r"png \((.*?)\)", sampling(f"neighbors {RUN} --n 1 --neighbors 3"))
     close(list(map(float, found)), distances, 1e-3)
-
-@in_folder()
-def test_outpainting():
-    """Whatever the wide prior, the posterior's z stands where the image does; 1x1 groups are kept."""
-    sampler, _, x, label = begin()
     latents = sampler.infer(x[:1], label[:1]).latents
     with patch.object(lvae.LVAE, "generate", autospec=True, side_effect=lvae.LVAE.generate) as generate:
         sampling(f"outpaint {RUN} {A} --width 3")
     given, shapes = generate.call_args.args[1], sampler.model.latent_shapes((16, 48))
-    for eps, (_, _, z), shape in zip(given, latents, shapes, strict=True):
+    for eps, (_, _, z), shape in zip(given, latents, shapes, strict=True):  # z stands, whatever the prior
         prior = lvae.Gaussian(torch.randn(1, *shape), torch.rand(1, *shape) + 0.5)
         wide = prior.mean + prior.var.sqrt() * eps(prior)
         close(wide[:, :, :, :z.shape[3]], z, 1e-4)
 
 class Inception(torch.nn.Conv2d):
-    """The interface of the usual network, small."""
+    """The usual network's interface."""
     def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False):
         x = F.conv2d(img / 255, self.weight, self.bias, self.stride).mean([2, 3])
         if return_features:
@@ -562,9 +556,7 @@ def table(line):
 
 @in_folder()
 def test_metrics():
-    torch.manual_seed(0)
-    network, rng = Inception(3, 6, 4, 4).requires_grad_(False), np.random.default_rng(0)
-    torch.jit.script(network).save("net.pt")
+    network, rng = torch.jit.load("net.pt"), np.random.default_rng(0)
     images = rng.integers(0, rng.integers(40, 256, (90, 1, 1, 3)), (90, 8, 8, 3)).astype(np.uint8)
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     features, p = network(x, True).double(), network(x, False, True).double()
@@ -583,7 +575,6 @@ def test_metrics():
 
 @in_folder()
 def test_evaluation():
-    torch.jit.script(Inception(3, 6, 4, 4)).save("net.pt")
     sampler, images, x, label = begin()
     table("photos --image-size 32 --export x.npz"), np.savez("photos.npz", arr_0=images)
     options = "--label a --n 8 --mean-guidance 1.5 --temperature 0.7"
@@ -675,9 +666,6 @@ def test_other_peoples_folders():
     assert said.count("17 to train on, 3 held out, 3 classes") == 2
     refused("--out may not be --data", training, "--data photos --out ./photos")
     assert "9 images" in sampling(f"reconstruct {RUN} photos/a")
-    sampler = sample.Sampler(RUN)
-    sampler.classes = sampler.folders = ["cats, small", "dogs"]
-    assert sampler.labels("Cats, small") == [0] and sampler.labels("dogs, cats") == [1, 0]
 
 @in_folder()
 def test_kinds_of_data():
