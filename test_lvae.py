@@ -66,8 +66,7 @@ def filled(module, rename=str):
     state = {rename(key): value for key, value in module.state_dict().items() if not key.endswith(".u")}
     for key, value in state.items():
         a = seeded(zlib.crc32(key.encode()), *value.shape)
-        scaled = a / np.float32(math.sqrt(math.prod(a.shape[1:])))
-        state[key] = scaled if a.ndim > 1 else 0.1 * a + (1 if key.endswith("weight") else 0)
+        state[key] = a / math.sqrt(a[0].numel()) if a.ndim > 1 else 0.1 * a + key.endswith("weight")
     return state
 
 def released_name(key):
@@ -194,21 +193,17 @@ def test_names_and_numbers_of_the_readme():
     assert counts == re.findall(r"\d{2,3},\d{3},\d{3}", README)
 
 def test_budgets():
-    """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
+    """A change pays for what it adds: lines, bytes, width, length of functions, `raise`s, imports."""
     budgets, raises = {"lvae": 613, "dae": 676, "train": 820, "sample": 645, "test_lvae": 835}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
+        imports = set(re.findall(r"^ *(?:from|import) (\w+)", text, re.M))
+        assert name not in ("lvae", "dae") or not imports & {"PIL", *budgets}  # they are copied alone
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
     assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 212_400
-
-def test_copied_alone():
-    for module in ("lvae", "dae"):
-        others = {"PIL", "lvae", "dae", "train"} - {module}
-        code = f"import sys, {module}; assert not {others} & set(sys.modules)"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
 
 def test_spectral_term():
     model, expected = awake(CLASSES)[0].train(), 0
@@ -377,13 +372,13 @@ def test_every_file_of_autoencoders():
                    replace(SMALL, mid_attention=False, codebook=8, post_quant_conv=False),
                    replace(SMALL, quant_conv=False), replace(SMALL, quant_conv=False, post_quant_conv=False)):
         state = dae.Autoencoder(config).state_dict()
-        torch.save({"state_dict": {**state, "loss.x": torch.ones(1)}, "x": defaultdict(None, a=1)}, "model.ckpt")
+        torch.save({"state_dict": {**state, "loss.x": X}, "x": defaultdict(None, a=1)}, "model.ckpt")
         quiet(dae.main, f"convert model.ckpt {new}"), quiet(dae.main, f"convert {new} back.pt")
         older, last = dae.to_diffusers(state), f"decoder.up.{len(config.mult) - 1}.block.1.conv2.bias"
         assert older["decoder.up_blocks.0.resnets.1.conv2.bias"] is state[last]
         for names in ("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"):
             older = {k.replace(*names): v for k, v in older.items()}
-        full = {f"first_stage_model.{k}": v for k, v in state.items()} | {"model.x": torch.ones(1)}
+        full = {f"first_stage_model.{k}": v for k, v in state.items()} | {"model.x": X}
         torch.save(full, "full.ckpt"), torch.save({"vae": older}, "older.bin")
         torch.save(state, "before-1.6.pt", _use_new_zipfile_serialization=False)
         with zipfile.ZipFile("download.zip", "w", zipfile.ZIP_DEFLATED) as file:
@@ -584,7 +579,6 @@ def test_evaluation():
     assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
     refused("--image-size", table, "photos/a --reference photos/b")
     refused("no image found", table, "run --image-size 32")  # its grids are no samples
-    refused("written", table, "photos.npz --export photos/a/0.png/y.npz")
 
 @in_folder()
 def test_bench():
@@ -604,12 +598,12 @@ def test_images():
     plain, exif, text = Image.fromarray(train.toy(0, 32)[0]), Image.Exif(), PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * (3 << 20), zip=True)
     palette, inks, clear, grey = map(plain.convert, ("P", "CMYK", "RGBA", "L"))
-    deep, grey_rgb = Image.fromarray(np.asarray(grey, np.uint16) * 257), grey.convert("RGB")
+    deep, shown = Image.fromarray(np.asarray(grey, np.uint16) * 257), grey.convert("RGB")
     clear.putalpha(0)
     exif[0x0112] = 6  # to be shown turned a quarter clockwise
     cases = [(plain, plain, {"exif": b"\x00\x08\x00\x02\x01\x12\x00\x03"}), (clear, 255, {}),
-             (plain.rotate(90), plain, {"exif": exif}), (deep, grey_rgb, {}), (plain, plain, {"pnginfo": text}),
-             (grey, grey_rgb, {}), (palette, palette.convert("RGB"), {}),
+             (plain.rotate(90), plain, {"exif": exif}), (deep, shown, {}), (plain, plain, {"pnginfo": text}),
+             (grey, shown, {}), (palette, palette.convert("RGB"), {}),
              (inks, plain, {"format": "jpeg", "quality": 100})]
     for given, kind, shown in (  # one rule scales numbers, and some are no picture
             (1, "f4", 255), (100, "f4", 100), (51400, "f4", 200), (100, "i4", 100), (51400, "i4", 200),
@@ -680,12 +674,12 @@ def test_resuming_is_bit_identical():
         with patch.object(train, "log", log), suppress(InterruptedError):
             training(PHOTOS + "other")
     refused("trained with width = 16", training, PHOTOS + "run --width 32")
-    with patch.object(lvae, "train_step", side_effect=RuntimeError), suppress(RuntimeError), \
+    with patch.object(lvae, "train_step", side_effect=InterruptedError), suppress(InterruptedError), \
             patch.object(dae, "train_step", side_effect=dae.train_step) as steps:
         training(PHOTOS + "third")  # before the first step all may change
     seen, photos = dae.to_uint8(torch.cat([call.args[2] for call in steps.call_args_list])), begin()[1]
-    straight = [any(near(photo, image, 0) for photo in photos) for image in seen]
-    assert 0 < sum(straight) < len(seen)  # --flip mirrors some
+    found = [any(near(image, photo, 0) for photo in photos) for image in seen]
+    assert any(found) and not all(found)  # --flip mirrors some
     old = torch.load("third/dae.pt")
     old["discriminator"]["3.running_mean"] = torch.ones(128)  # as it was until adversaries lost theirs
     torch.save(old, "third/dae.pt")
@@ -700,9 +694,8 @@ def test_resuming_is_bit_identical():
 
 @in_folder()
 def test_full_disk_second_process_and_a_hundred_skips():
-    before = torch.load(RUN)
-    for function, command, line in (("fsync", training, f"{PHOTOS}run --steps 6"),
-                                    ("replace", training, f"{PHOTOS}run --steps 6"),
+    before, saving = torch.load(RUN), (training, f"{PHOTOS}run --steps 6")
+    for function, command, line in (("fsync", *saving), ("replace", *saving),
                                     ("posix_fallocate", sampling, f"generate {RUN} --n 4 --out x.png")):
         with patch.object(os, function, side_effect=OSError(28, "No space left on device")):
             refused("No space left", command, line)
