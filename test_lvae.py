@@ -118,16 +118,15 @@ def sampling(line):
 
 def shell(line, code=0, **variables):
     """Run python with the words of a line; returns what it said."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **variables}
-    done = subprocess.run([sys.executable, *line.split()], env=variables, timeout=1200, text=True,
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)} | variables
+    done = subprocess.run([sys.executable, *line.split()], env=env, timeout=1200, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == code, done.stdout
     return done.stdout
 
 def refused(expected, function, *arguments, **options):
     """The call must end in an error of one line that says what is expected."""
-    line = rf"\A.*{re.escape(expected)}.*\Z"
-    with unittest.TestCase().assertRaisesRegex((ValueError, OSError), line):
+    with unittest.TestCase().assertRaisesRegex((ValueError, OSError), rf"\A.*{re.escape(expected)}.*\Z"):
         function(*arguments, **options)
 
 @cache
@@ -192,7 +191,7 @@ def test_names_and_numbers_of_the_readme():
 
 def test_budgets():
     """A change pays for what it adds: lines, bytes, width, length of functions, `raise`s, imports."""
-    budgets, raises = {"lvae": 613, "dae": 676, "train": 820, "sample": 645, "test_lvae": 835}, 0
+    budgets, raises = {"lvae": 613, "dae": 676, "train": 820, "sample": 645, "test_lvae": 769}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
@@ -201,7 +200,7 @@ def test_budgets():
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 212_400
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 210_000
 
 def test_spectral_term():
     model, expected = awake(CLASSES)[0].train(), 0
@@ -263,8 +262,8 @@ def test_generation():
     close(model.generate(noise), model.generate(noise, model.embedding(torch.tensor([10, 10]))))
     refused("expected", model.generate, noise[1:]), refused("range", model.generate, None, [0, 11])
     refused("guidance", model.generate, noise, mean_guidance=1.0)
-    plain = lvae.LVAE(replace(CLASSES, hierarchical_prior=False))
-    refused("guidance", plain.generate, None, LABEL, mean_guidance=1.0)
+    model = lvae.LVAE(replace(CLASSES, hierarchical_prior=False))
+    refused("guidance", model.generate, None, LABEL, mean_guidance=1.0)
     refused("expected", lvae.LVAE(lvae.PRESETS["toy-upsampler"]).generate)
 
 def test_label_dropout_and_precision():
@@ -283,12 +282,11 @@ def test_nothing_looks_from_the_host():
     with torch.device("meta"):
         model, x, label, image = lvae.LVAE(CLASSES), X.to("meta"), LABEL.to("meta"), torch.ones(2, 3, 32, 32)
         vq, ae = dae.Autoencoder(replace(SMALL, codebook=9)), dae.Autoencoder(SMALL)
-        adversary = dae.Discriminator()
         noise = [torch.empty(2, *shape) for shape in model.latent_shapes()]
     lvae.objective(model(x, label, noise, None, label > 0), x, CLASSES).loss.backward()
     model.generate(noise, label, mean_guidance=1.5, variance_guidance=[0.0, 1, 1, 2])
     vq.decode(vq.encode(image))
-    for loss in dae.training_losses(ae, image, noise[-1][:, :4], adversary)[0].values():
+    for loss in dae.training_losses(ae, image, noise[-1][:, :4], dae.Discriminator().to("meta"))[0].values():
         loss.backward()
     model, noise = reference(TINY)
     close(torch.compile(model.generate, backend="eager", fullgraph=True)(noise), model.generate(noise))
@@ -397,7 +395,8 @@ def test_hostile_files():
         file.writestr("a/data.pkl", b"\x80\x02}." + bytes(1 << 24))
     state = dae.load("run/dae.pt").state_dict() | {"\x1b\nx" * (1 << 20): torch.ones(1)}  # a long header, too
     dae.write("name.safetensors", lambda file: dae.save_safetensors(state, file))
-    text = b'{"a": {"data_offsets": [0, 8]}, "b": {"data_offsets": [4, 12]}}'
+    parts = {i: {"dtype": "F32", "shape": [2], "data_offsets": [i, i + 8]} for i in (0, 4)}
+    text = json.dumps(parts).encode()
     Path("overlap.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
     for name, cause in (("call.pt", ""), ("cut.pt", "truncated"), ("cut.safetensors", "truncated"),
                         ("overlap.safetensors", "do not fill it"), ("bomb.pt", "compressed"),
@@ -716,8 +715,7 @@ def test_signals():
         process.send_signal(getattr(signal, name))
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 0 and name in said and "goes on from there" in said, said
-        step = train.load_checkpoint(f"{name}/checkpoint.pt")["step"]
-        assert list(log_of(name))[-1] == ("lvae", step, False)
+        assert list(log_of(name))[-1][1] == train.load_checkpoint(f"{name}/checkpoint.pt")["step"]
 
 XLA = """
 import torch_xla, torch_xla.debug.metrics as metrics, train
