@@ -496,12 +496,13 @@ def bench(sampler, args):
     peak = 2 * side ** 3 / min(timed(lambda: a @ b, 1.0))  # FLOP/s of a large matrix product
     print(f"{args.source}: {sampler.size}x{sampler.size} images, w_mu {weights['mean_guidance']}, batch {n}, "
           f"{str(sampler.dtype)[6:]}; {device}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
-    print("stage     GFLOP per image   s per 1000 images  share of peak")
+    print("stage     GFLOP per image   s per 1000 images    images/s  share of peak")
     costs = {name: np.array([count_flops(stage), np.median(timed(stage, args.seconds))]) / count
              for name, (stage, count) in stages.items()}
     costs["together"] = costs["LVAE"] + costs["decoder"]
     for name, (flop, seconds) in costs.items():
-        print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {flop / seconds / peak:14.1%}")
+        print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {1 / seconds:11.2f} "
+              f"{flop / seconds / peak:14.1%}")
 
 def count_flops(stage):
     """The floating-point operations of a call, 2 per multiplication with addition."""
