@@ -197,7 +197,7 @@ def test_every_name_in_the_map_exists():
 
 def test_budgets():
     """A change pays for what it adds: lines and bytes of each file, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 609, "dae": 630, "train": 805, "sample": 597, "test_lvae": 834}, 0
+    budgets, raises = {"lvae": 609, "dae": 598, "train": 817, "sample": 606, "test_lvae": 834}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
@@ -726,7 +726,7 @@ def test_resuming_is_bit_identical():
     with patch.object(lvae, "train_step", side_effect=RuntimeError), suppress(RuntimeError), \
             patch.object(dae, "train_step", side_effect=dae.train_step) as steps:
         training(PHOTOS + "third")  # before the first step all may change
-    seen, photos = dae.to_uint8(torch.cat([call.args[2] for call in steps.call_args_list])), begin()[1]
+    seen, photos = train.to_uint8(torch.cat([call.args[2] for call in steps.call_args_list])), begin()[1]
     straight = [any(near(photo, image, 0) for photo in photos) for image in seen]
     assert 0 < sum(straight) < len(seen)  # --flip mirrors some
     old = torch.load("third/dae.pt")
