@@ -60,10 +60,9 @@ class Config:
 
     def __post_init__(self):
         numbers = [*self.mult, *(value for value in vars(self).values() if not isinstance(value, tuple))]
-        levels = range(len(self.mult))
         if not (all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers)
-                and min(self.z_channels, self.blocks, self.batch, self.lr) > 0
-                and 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
+                and min(self.z_channels, self.blocks, self.batch, self.lr) > 0 and self.blocks <= 16
+                and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
                 and all(c > 0 and c % 32 == 0 for c in self.widths)):
             raise ValueError("autoencoder: expected sizes > 0, other numbers >= 0, widths 32 n, 1-12 levels, "
                              "attention in them, 1-16 blocks")
@@ -224,9 +223,8 @@ class Discriminator(nn.Sequential):
                 nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
 
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
-    """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
-    The first is sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image; average(tensors)
-    puts the mean over all processes into them."""
+    """Losses of a KL autoencoder ("dae") and its adversary ("discriminator", if any), per image, and their
+    terms, by name; perceptual: LPIPS; average(tensors) puts the mean over all processes into them."""
     config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
@@ -358,11 +356,10 @@ def load_zip(path):
 
 def load_safetensors(file):
     """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors; floats only."""
-    mapped, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
+    mapped, tensors = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)), {}
     start = 8 + int.from_bytes(mapped[:8], "little")  # where the tensors begin
-    header = json.loads(mapped[8:min(start, 100_000_000)])
+    header, data = json.loads(bytes(mapped[8:min(start, 100_000_000)])), mapped[start:]
     header.pop("__metadata__", None)
-    data = memoryview(mapped)[start:]
     lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
     require(sum(lengths) == len(data), "its tensors do not fill it")
     for name, entry in header.items():
@@ -383,8 +380,7 @@ def unpack(path, folder):
     return path
 
 def read(path):
-    """What a file of weights, or what is published by a name, holds: plain containers and CPU tensors, views
-    of the mapped file. Raises ValueError."""
+    """A file, or what is published so, as plain containers and tensors, views of it. Raises ValueError."""
     path = local(path)
     with explained(f"{path} cannot be read: missing, truncated, damaged or hostile"), \
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
@@ -449,13 +445,11 @@ def find(content, source):
 
 def architecture(state):
     """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
-    def count(prefix):
-        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-    width, levels = len(state[FIRST]), range(count("encoder.down."))
-    channels = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in levels]
+    width, levels = len(state[FIRST]), range(12)  # Config takes no more, nor more than 16 blocks
+    channels = [len(state.get(f"encoder.down.{i}.block.0.conv1.weight", ())) for i in levels]
     return {"z_channels": state["decoder.conv_in.weight"].shape[1], "width": width,
-            "mult": tuple(c // width if c % width == 0 else c / width for c in channels),
-            "blocks": count("encoder.down.0.block."),
+            "mult": tuple(c // width if c % width == 0 else c / width for c in channels if c),
+            "blocks": sum(f"encoder.down.0.block.{j}.conv1.weight" in state for j in range(16)),
             "attention": tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
             "mid_attention": "encoder.mid.attn_1.q.weight" in state,
             "codebook": len(state.get("quantize.embedding.weight", ())),
@@ -587,12 +581,10 @@ def cli(main):
 def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    commands.add_parser("info", help=info.__doc__).add_argument("path")
-    command = commands.add_parser("convert", help=convert.__doc__)
-    command.add_argument("source")
-    command.add_argument("target")
-    arguments = vars(parser.parse_args(argv))
-    {"info": info, "convert": convert}[arguments.pop("command")](**arguments)
+    commands.add_parser("info", help=info.__doc__).add_argument("files", nargs=1, metavar="FILE")
+    commands.add_parser("convert", help=convert.__doc__).add_argument("files", nargs=2, metavar="FILE")
+    args = parser.parse_args(argv)
+    {"info": info, "convert": convert}[args.command](*args.files)
 
 if __name__ == "__main__":
     cli(main)
