@@ -361,7 +361,7 @@ def load_safetensors(file):
     header, data = json.loads(bytes(mapped[8:min(start, 100_000_000)])), mapped[start:]
     header.pop("__metadata__", None)
     lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
-    require(sum(lengths) == len(data), "its tensors do not fill it")
+    require(start + sum(lengths) == len(mapped), "its tensors do not fill it")
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if entry["dtype"] in SAFETENSORS and begin < end:

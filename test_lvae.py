@@ -204,7 +204,7 @@ def test_budgets():
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 202_200
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 202_110
 
 def test_copied_alone():
     for module in ("lvae", "dae"):
