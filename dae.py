@@ -22,7 +22,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 # ---------------------------------------------------------------- configuration
 def knob(default, help):
     """A field of a config and its explanation, here and in `train.py --help`."""
-    return field(default=default, metadata={"help": help, "low": 0})
+    return field(default=default, metadata={"help": help})
 
 @dataclass(frozen=True)
 class Config:
@@ -59,12 +59,13 @@ class Config:
     adversarial_start: int = knob(50_001, "step at which the adversarial term starts")
 
     def __post_init__(self):
-        sizes = self.z_channels, self.width, self.blocks, self.batch, self.lr, *self.mult
-        levels = range(len(self.mult))
-        if not (all(type(size) in (int, float) and 0 < size < 1e9 for size in sizes)
-                and 0 < len(levels) <= 12 and self.blocks <= 16 and set(self.attention) <= set(levels)
+        numbers = [*self.mult, *(value for value in vars(self).values() if not isinstance(value, tuple))]
+        if not (all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers)
+                and min(self.z_channels, self.blocks, self.batch, self.lr) > 0 and self.blocks <= 16
+                and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
                 and all(c > 0 and c % 32 == 0 for c in self.widths)):
-            raise ValueError("expected sizes > 0, widths 32 n, 1-12 levels, 1-16 blocks, attention in them")
+            raise ValueError("autoencoder: expected sizes > 0, other numbers >= 0, widths 32 n, 1-12 levels, "
+                             "attention in them, 1-16 blocks")
 
     @property
     def widths(self):
@@ -134,12 +135,10 @@ class Level(nn.Module):
     def __init__(self, c_in, c, blocks, attention, down=False, up=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c if j else c_in, c) for j in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c) if attention else nn.Identity() for _ in range(blocks))
-        self.downsample = self.upsample = nn.Identity()
-        if down:
-            self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
-        if up:
-            self.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=conv(c, c))
+        same = nn.Identity()
+        self.attn = nn.ModuleList(AttnBlock(c) if attention else same for _ in range(blocks))
+        self.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, 2)) if down else same
+        self.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=conv(c, c)) if up else same
 
     def forward(self, x):
         for block, attention in zip(self.block, self.attn):
@@ -171,12 +170,6 @@ def decoder(config):
                          for i, c in enumerate(config.widths)]),
                  norm_out=norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
 
-def quantised(h, codebook):
-    """h (B, C, H, W) -> each position's nearest entry (L2) of a codebook (entries, C), same shape."""
-    rows, table = h.movedim(1, 3).float(), codebook.float()  # (B, H, W, C), (entries, C)
-    nearest = [torch.cdist(part, table).argmin(1) for part in rows.flatten(0, 2).split(4096)]
-    return table[torch.cat(nearest)].view(rows.shape).movedim(3, 1).to(h.dtype)
-
 class Autoencoder(nn.Module):
     """KL or VQ autoencoder of a Config; state_dict names are those of the official latent-diffusion files."""
     def __init__(self, config):
@@ -190,21 +183,20 @@ class Autoencoder(nn.Module):
             self.quantize = named(embedding=nn.Embedding(config.codebook, c))
 
     def moments(self, x):
-        """x as in `encode` -> mean and log-variance of the posterior (KL), features and None (VQ)."""
-        h = self.quant_conv(self.encoder(x)).float()  # (B, 2C, H/f, W/f), or C for VQ
-        if self.config.codebook:
-            return h, None
-        mean, logvar = h.chunk(2, dim=1)
+        """x as in `encode` -> mean and log-variance of a KL autoencoder's posterior, (B, C, H/f, W/f)."""
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled."""
-        return self.moments(x)[0]
+        return self.quant_conv(self.encoder(x)).float()[:, :self.config.z_channels]  # of 2C, or C for VQ
 
     def decode(self, h):
         """Raw latent h (B, C, H/f, W/f) -> image (B, 3, H, W), about [-1, 1], not clipped."""
-        if self.config.codebook:
-            h = quantised(h, self.quantize.embedding.weight)
+        if self.config.codebook:  # of which every position takes the nearest entry (L2)
+            rows, table = h.movedim(1, 3).float(), self.quantize.embedding.weight.float()
+            nearest = [torch.cdist(part, table).argmin(1) for part in rows.flatten(0, 2).split(4096)]
+            h = table[torch.cat(nearest)].view(rows.shape).movedim(3, 1).to(h.dtype)  # (B, C, H/f, W/f)
         return self.decoder(self.post_quant_conv(h)).float()
 
 class Identity(nn.Module):
@@ -230,16 +222,9 @@ class Discriminator(nn.Sequential):
             if hasattr(layer, "weight"):
                 nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
 
-def perceptual_network(device="cpu"):
-    """LPIPS (Zhang et al., 2018), or None where the `lpips` package or its weights cannot be had."""
-    with suppress(ImportError, OSError):
-        import lpips
-        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
-
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
-    """Losses by name, of a KL autoencoder ("dae") and its adversary ("discriminator", if any), named terms.
-    The first is sum |x - rec| + edges + perceptual + adversarial + KL, weighted, per image; average(tensors)
-    puts the mean over all processes into them."""
+    """Losses of a KL autoencoder ("dae") and its adversary ("discriminator", if any), per image, and their
+    terms, by name; perceptual: LPIPS; average(tensors) puts the mean over all processes into them."""
     config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
@@ -293,15 +278,6 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
             optimizers[name].param_groups[0]["lr"] = lr
             optimizers[name].step()
     return {"loss": losses["dae"].detach(), **terms, "grad_norm": norm, "skipped": skipped, "lr": lr}
-
-def to_tensor(images):
-    """Arrays of uint8, (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    images = torch.stack([torch.from_numpy(image.copy()) for image in images])
-    return images.permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
-
-def to_uint8(x):
-    """float (B, 3, H, W) in [-1, 1] -> array of uint8, (B, H, W, 3)."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 # ---------------------------------------------------------------- files: reading runs nothing in them
 def printable(text):
@@ -380,18 +356,16 @@ def load_zip(path):
 
 def load_safetensors(file):
     """Header length (8 bytes), JSON {name: dtype, shape, data_offsets}, then the tensors; floats only."""
-    mapped, tensors = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), {}
+    mapped, tensors = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)), {}
     start = 8 + int.from_bytes(mapped[:8], "little")  # where the tensors begin
-    header = json.loads(mapped[8:min(start, 100_000_000)])
+    header, data = json.loads(bytes(mapped[8:min(start, 100_000_000)])), mapped[start:]
     header.pop("__metadata__", None)
     lengths = [end - begin for begin, end in (entry["data_offsets"] for entry in header.values())]
     require(start + sum(lengths) == len(mapped), "its tensors do not fill it")
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if entry["dtype"] in SAFETENSORS and begin < end:
-            dtype = SAFETENSORS[entry["dtype"]]
-            values = torch.frombuffer(mapped, dtype=dtype, count=(end - begin) // dtype.itemsize,
-                                      offset=start + begin)
+            values = torch.frombuffer(data[begin:end], dtype=SAFETENSORS[entry["dtype"]])
             tensors[name] = values.view(entry["shape"])
     return tensors
 
@@ -406,8 +380,7 @@ def unpack(path, folder):
     return path
 
 def read(path):
-    """What a file of weights, or what is published by a name, holds: plain containers and CPU tensors, views
-    of the mapped file. Raises ValueError."""
+    """A file, or what is published so, as plain containers and tensors, views of it. Raises ValueError."""
     path = local(path)
     with explained(f"{path} cannot be read: missing, truncated, damaged or hostile"), \
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
@@ -472,13 +445,11 @@ def find(content, source):
 
 def architecture(state):
     """What a state_dict in latent diffusion's names tells of its Config, as a dict. Raises KeyError."""
-    def count(prefix):
-        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
-    width, levels = len(state[FIRST]), range(count("encoder.down."))
-    channels = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in levels]
+    width, levels = len(state[FIRST]), range(12)  # Config takes no more, nor more than 16 blocks
+    channels = [len(state.get(f"encoder.down.{i}.block.0.conv1.weight", ())) for i in levels]
     return {"z_channels": state["decoder.conv_in.weight"].shape[1], "width": width,
-            "mult": tuple(c // width if c % width == 0 else c / width for c in channels),
-            "blocks": count("encoder.down.0.block."),
+            "mult": tuple(c // width if c % width == 0 else c / width for c in channels if c),
+            "blocks": sum(f"encoder.down.0.block.{j}.conv1.weight" in state for j in range(16)),
             "attention": tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
             "mid_attention": "encoder.mid.attn_1.q.weight" in state,
             "codebook": len(state.get("quantize.embedding.weight", ())),
@@ -595,15 +566,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see --help)")
 
-def at_least(low, kind=int, several=False):
-    """argparse type: a number from `low` up, or A,B,.. -> a list of them."""
-    def number(text):
-        values = [kind(word) for word in (text.split(",") if several else [text])]
-        if not all(low <= value < math.inf for value in values):
-            raise argparse.ArgumentTypeError(f"expected numbers from {low} up, not {text}")
-        return values if several else values[0]
-    return number
-
 def cli(main):
     """Run a command; a user's mistake, a bad file, a full disk or memory: one line, exit code 2."""
     try:
@@ -619,12 +581,10 @@ def cli(main):
 def main(argv=None):
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    commands.add_parser("info", help=info.__doc__).add_argument("path")
-    command = commands.add_parser("convert", help=convert.__doc__)
-    command.add_argument("source")
-    command.add_argument("target")
-    arguments = vars(parser.parse_args(argv))
-    {"info": info, "convert": convert}[arguments.pop("command")](**arguments)
+    commands.add_parser("info", help=info.__doc__).add_argument("files", nargs=1, metavar="FILE")
+    commands.add_parser("convert", help=convert.__doc__).add_argument("files", nargs=2, metavar="FILE")
+    args = parser.parse_args(argv)
+    {"info": info, "convert": convert}[args.command](*args.files)
 
 if __name__ == "__main__":
     cli(main)

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import at_least, cli, explained, require, to_tensor, to_uint8
+from dae import cli, explained, require
 from train import (Images, asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images,
-                   read_image, relabel, save_picture, say, setup, world)
+                   read_image, relabel, save_picture, say, setup, to_tensor, to_uint8, world)
 
 # ---------------------------------------------------------------- the model
 class Sampler:
@@ -519,6 +519,15 @@ def timed(function, budget):
     return timer.blocked_autorange(min_run_time=budget).times
 
 # ---------------------------------------------------------------- command line
+def at_least(low, kind=int, several=False):
+    """argparse type: a number from `low` up, or A,B,.. -> a list of them."""
+    def number(text):
+        values = [kind(word) for word in (text.split(",") if several else [text])]
+        if not all(low <= value < math.inf for value in values):
+            raise argparse.ArgumentTypeError(f"expected numbers from {low} up, not {text}")
+        return values if several else values[0]
+    return number
+
 positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
 counts, weights = at_least(1, several=True), at_least(-math.inf, float, several=True)
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, help

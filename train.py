@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import dae as daes
 import lvae
-from dae import cli, explained, printable, require, to_tensor, to_uint8
+from dae import cli, explained, printable, require
 from lvae import knob
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Run:
     device: str = knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
     precision: str = knob("auto", "auto: bf16 where the hardware has it")
     compile: str = knob("auto", "torch.compile; auto: on CUDA, for 500 steps or more")
-    log_every: int = knob(20, "steps between lines of log.jsonl", 1)
-    every: int = knob(500, "steps between checkpoints, evaluations and sample grids", 1)
+    log_every: int = knob(20, "steps between lines of log.jsonl")
+    every: int = knob(500, "steps between checkpoints, evaluations and sample grids")
 
 # ---------------------------------------------------------------- the loop of both stages
 def loop(run, stage, steps, path, facts, parts, update, look):
@@ -269,7 +269,11 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     wanted = wanted | {"dae_options": asdict(config)}
     facts = {"run": wanted} | resume(begun(path, daes.read, wanted), everything)
-    perceptual = daes.perceptual_network(device) if config.perceptual_weight else None
+    perceptual = None
+    with suppress(ImportError, OSError):  # no `lpips` package (Zhang et al., 2018), or not its weights
+        if config.perceptual_weight:
+            import lpips
+            perceptual = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
 
     def batch(number):
@@ -462,6 +466,14 @@ def read_image(source, size):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))
 
+def to_tensor(images):
+    """Arrays of uint8, (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+
+def to_uint8(x):
+    """float (B, 3, H, W) in [-1, 1] -> array of uint8, (B, H, W, 3)."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
 # ---------------------------------------------------------------- files
 def save_picture(path, rows, row_names=(), column_names=()):
     """Save rows of uint8 images (H, W, 3) as one: JPEG or WebP if called so, else PNG."""
@@ -646,9 +658,8 @@ def parse(argv):
     for title, prefix, kind in kinds:
         section = parser.add_argument_group(title, "" if kind is Run else "defaults: the preset's")
         for f in fields(kind):
-            number = daes.at_least(f.metadata["low"], type(f.default))
             more = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": values},
-                    str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": number})
+                    str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": type(f.default)})
             shown = f" ({f.default})" if kind is Run and f.default != "" else ""
             if f.name != "first_stage":  # decided by --dae
                 section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=f.metadata["help"] + shown,
@@ -661,7 +672,8 @@ def parse(argv):
     name = os.path.basename(os.path.abspath(run.data)).removesuffix(".npz") if run.data else run.dataset
     run = replace(run, out=run.out or f"runs/{name if run.dataset == 'toy' else run.dataset}")
     for_images = run.flip or run.val or run.image_size or run.dae in ("train", "none")
-    require(run.holdout < 1, "--holdout is a share, below 1")
+    require(0 <= run.holdout < 1 and min(run.image_size, run.seed) >= 0 and min(run.log_every, run.every) > 0,
+            "--holdout is a share, below 1; --log-every and --every are from 1 up, other numbers from 0 up")
     require(run.data or run.dataset.startswith("toy"),
             f"{run.dataset} needs --data, say http://dl.yf.io/lsun/scenes' church_outdoor_train_lmdb")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
