@@ -93,10 +93,10 @@ def seed_step(seed, step):
 
 def log(run, stage, step, stats):
     """Append to log.jsonl, in one write; of a step run twice the later line counts."""
-    values = {name: value.tolist() if torch.is_tensor(value) else value for name, value in stats.items()}
     if world()[0] == 0:
+        line = json.dumps({"stage": stage, "step": step} | stats, default=torch.Tensor.tolist)
         with open(f"{run.out}/log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
+            file.write(line + "\n")
 
 # ---------------------------------------------------------------- what happens in which order
 def train_both(index, run, model_options, dae_options):
@@ -186,7 +186,7 @@ def fitted(run, start, options, shape, classes):
 def train_lvae(run, config, ae, data, start, device, dtype):
     """Train the LVAE. ae: the autoencoder, or None for latents of another."""
     seed_step(run.seed, 0)
-    model = lvae.place(lvae.LVAE(config).train(), device)
+    model = lvae.place(lvae.LVAE(config), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = f"{run.out}/checkpoint.pt", {"model": model, "ema": ema, "optimizer": optimizer}
     facts = start | {"config": asdict(config), "classes": data.classes if config.num_classes else []}
@@ -240,8 +240,7 @@ def save_pictures(run, model, ae, data, step, device):
     """Held-out images, their reconstructions, and samples: eight of each class, guided if they can be."""
     config, held = model.config, data.held if len(data.held) else data.train
     x, label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
-    low_res = lvae.shrink(x, config) if config.upsample else None
-    rebuilt = model.generate(model.encode(x, label, None, low_res), label, low_res=low_res)
+    low_res, rebuilt = lvae.shrink(x, config) if config.upsample else None, model(x, label).mean
     rows, names, guidance = 1 if config.upsample else min(config.num_classes, 10) or 8, [], {}
     if config.num_classes and not config.upsample:
         label, names = torch.arange(rows, device=device).repeat_interleave(8), data.classes[:rows]
@@ -317,7 +316,7 @@ def read_latents(path, holdout):
     """An .npz with `latents` (N, C, H, H) and perhaps `labels` (N,) -> Data."""
     with explained(f"{path}: expected latents (N, C, H, H), finite numbers"), np.load(path) as file:
         h, labels = file["latents"], None
-        require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
+        require(h.ndim == 4 and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
         if "labels" in file:
             labels = file["labels"].astype(np.int64)
             require(labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6, "labels")
@@ -411,8 +410,7 @@ def open_images(path, size, known=()):
         files = list_images(path)
         require(files, f"{path}: no image found (expected a folder of .jpg, .png, ..)")
         images = Images(files, lambda i: read_image(files[i], size))
-        names = [os.path.relpath(file, path) for file in files]
-        parents = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+        parents = [os.path.dirname(os.path.relpath(file, path)).split(os.sep)[0] for file in files]
         classes, labels = np.unique(parents, return_inverse=True)
         if "" not in classes and len(classes) > 1:  # all in sub-folders
             images.classes, images.labels = classes.tolist(), labels
@@ -561,7 +559,7 @@ def claim(out):
 def setup(name="auto", precision="auto"):
     """--device and --precision -> device and dtype of convs; joins torchrun's other processes."""
     if name == "auto":
-        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun: a GPU for each process
     with explained(f"--device {name} cannot be used"):
@@ -575,7 +573,7 @@ def setup(name="auto", precision="auto"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: all is of the heap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        dist.init_process_group(timeout=timedelta(days=2))  # NCCL for CUDA, gloo for CPUs
         atexit.register(dist.destroy_process_group)  # its threads end before Python
     fast = {"cpu": getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"),
             "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
@@ -588,8 +586,7 @@ def world():
     if "torch_xla" in sys.modules:  # imported for --device xla only
         import torch_xla.runtime as xr
         return xr.global_ordinal(), xr.world_size()
-    count = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    return int(os.environ["RANK"]) if count > 1 else 0, count
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 def my_part(batch):
     """The slice of a batch that this process takes."""
@@ -610,7 +607,6 @@ def average(tensors):
             import torch_xla.core.xla_model as xm
             flat = xm.all_reduce(xm.REDUCE_SUM, flat.to(xla.device()))
         else:
-            flat = flat.to("cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(flat)
         for t, mean in zip(tensors, (flat / count).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
