@@ -748,7 +748,6 @@ def test_mistakes_are_refused():
                            ("no usable", "--data bad"), ("invalid", "--dataset x"),
                            ("heads", "--heads 7,7,7,7"), ("does not fit", "--num-classes 1")):
         refused(cause, training, f"--data photos --dae none --image-size 16 --out x {options}")
-    refused("needs a --scale", training, LATENTS + "x --shift 1")
     shutil.copy(A, "photos/a/new.png"), refused("16, 4] images", training, PHOTOS + "run --steps 6")
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
                            ("written", f"--out {A}/x.png")):

@@ -4,8 +4,7 @@
     python train.py --data photos/                               # a folder of images; sub-folders are classes
     python train.py --data photos/ --dae kl-f8 --image-size 256  # latents of an official autoencoder
     python train.py --data latents.npz                           # latents of any other autoencoder
-    python train.py --dataset church --data church_outdoor_train_lmdb      # the paper's, Table 5
-    torchrun --nproc-per-node 8 train.py --dataset church --data DATA      # the same curve on eight GPUs
+    torchrun --nproc-per-node 8 train.py --dataset church --data church_outdoor_train_lmdb  # the paper's
 
 A run's folder, runs/NAME or --out, holds checkpoint.pt (all that sampling or resuming needs), log.jsonl and
 samples/*.png. The same command again resumes, on a CPU to the last bit.
@@ -127,7 +126,8 @@ def train_both(index, run, model_options, dae_options):
         if not config.scale:  # to be measured on up to 10,000 of the latents
             h = data.h[data.train[::1 + len(data.train) // 10_000], 0].astype(np.float32)
             require(h.std() > 0, "nothing to learn from: all images are the same")
-            config = replace(config, shift=float(h.mean()), scale=float(h.std()))
+            shift = model_options.get("shift", float(h.mean()))
+            config = replace(config, shift=shift, scale=float(h.std()))
         train_lvae(run, config, ae, data, start | {"run": wanted}, device, dtype)
 
 def starting_point(run, options):
@@ -175,7 +175,6 @@ def fitted(run, start, options, shape, classes):
     if run.dataset == "toy" and "model" not in start:  # this preset follows the user's own data
         config = lvae.adapted(config, shape[0], int(shape[1]), classes)
     config = replace(config, **options)
-    require(config.scale or "shift" not in options, "--shift needs a --scale, else both are measured")
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config for {expected}: --image-size?")
     require(not config.num_classes or 1 <= classes <= config.num_classes,
@@ -452,7 +451,7 @@ def read_image(source, size):
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, np.float64)
             require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")
-            tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, [65535])  # else I;16
+            tops = [65535] if "16" in image.mode else [1, 255, 65535]
             top = min(top for top in tops if values.max() <= top)
             image = Image.fromarray((values / top * 255).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -462,10 +461,10 @@ def read_image(source, size):
 
 # ---------------------------------------------------------------- files
 def save_picture(path, rows, row_names=(), column_names=()):
-    """Save rows of uint8 images (H, W, 3) as one: JPEG or WebP if called so, else PNG."""
+    """Save rows of uint8 images (H, W, 3) as one, in the format that its name says, else PNG."""
     names = [[printable(name) for name in some or ()] for some in (row_names, column_names)]
     height, width = (np.max([image.shape[:2] for row in rows for image in row], axis=0) + 2).tolist()
-    font = ImageFont.load_default(max(10, min(32, min(height, width) // 7)))
+    font = ImageFont.load_default(10 + min(height, width) // 16)
     left = max((8 + int(font.getlength(name)) for name in names[0]), default=2)
     top = 4 + int(font.size * 1.3) if column_names else 2
     sheet = Image.new("RGB", (left + width * max(map(len, rows)), top + height * len(rows)), "white")
@@ -477,7 +476,7 @@ def save_picture(path, rows, row_names=(), column_names=()):
         draw.text((4, top + (y + 0.5) * height), name, fill="black", font=font, anchor="lm")
     for x, name in enumerate(names[1]):
         draw.text((left + (x + 0.5) * width, top // 2), name, fill="black", font=font, anchor="mm")
-    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "PNG")
     daes.write(path, lambda file: sheet.save(file, kind))
 
 def save_checkpoint(path, facts, parts):
@@ -520,10 +519,9 @@ def resume(start, parts):
             if isinstance(part, torch.optim.Optimizer):  # rate and implementation are this device's
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
-            for parameter, moments in getattr(part, "state", {}).items():
-                for key, value in moments.items():
-                    if value.shape == parameter.shape:  # in the memory format that fused Adam expects
-                        moments[key] = torch.empty_like(parameter).copy_(value)
+            for p, moments in getattr(part, "state", {}).items():  # fused Adam expects its memory format
+                moments |= {key: torch.empty_like(p).copy_(value) for key, value in moments.items()
+                            if value.shape == p.shape}
     if start.get("step"):
         say(f"resuming at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
@@ -720,8 +718,8 @@ def landmark(name, rng, wall, roof, gap):
                     (gap, 0.27 * flip, 0, 0.12, 0.22, "arch")]
         yield from [(gap, x * flip, 0.08, 0.08, 0.16, "arch") for x in (-0.34, -0.18, -0.02)]
     elif name == "house":
-        yield wall, 0.34 * flip, 0.6, 0.16, 0.4  # the chimney, behind the roof
-        yield from [(wall, 0, 0, 1.1, 0.48, 1, 0.75), (gap, -0.12 * flip, 0, 0.17, 0.34),
+        yield from [(wall, 0.34 * flip, 0.6, 0.16, 0.4),  # the chimney, behind the roof
+                    (wall, 0, 0, 1.1, 0.48, 1, 0.75), (gap, -0.12 * flip, 0, 0.17, 0.34),
                     (roof, 0, 0.46, 1.34, 0.46, rng.uniform(0.35, 0.6), 0.75)]
         yield from [(gap, x * flip, 0.17, 0.19, 0.17) for x in (-0.38, 0.26)]
     elif name == "castle":
@@ -749,8 +747,8 @@ def landmark(name, rng, wall, roof, gap):
     elif name == "pyramid":
         yield from [(wall, 0, 0, 1.6, 1, 0), (roof, 0, 0.76, 0.384, 0.24, 0)]
     elif name == "mosque":
-        yield from [(wall, x, 0, 0.12, 0.8) for x in (-0.56, 0.56)]
-        yield from [(roof, x, 0.8, 0.16, 0.2, 0) for x in (-0.56, 0.56)]
+        for x in (-0.56, 0.56):
+            yield from [(wall, x, 0, 0.12, 0.8), (roof, x, 0.8, 0.16, 0.2, 0)]
         yield from [(wall, 0, 0, 0.88, 0.36), (wall, 0, 0.36, 0.58, 0.1), (roof, 0, 0.45, 0.66, 0.43, "dome")]
         yield from [(gap, x, 0, 0.15, 0.24, "arch") for x in (-0.27, 0, 0.27)]
 
