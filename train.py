@@ -13,13 +13,13 @@ import argparse
 import atexit
 import copy
 import ctypes
-import hashlib
 import itertools
 import json
 import os
 import signal
 import sys
 import time
+import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -112,7 +112,14 @@ def train_both(index, run, model_options, dae_options):
     else:
         ae_config = ae.config if ae else replace(daes.PRESETS[run.dae_preset], **dae_options)
         f, size = ae_config.f, run.image_size or start["config"].resolution * ae_config.f
-        images, rows = open_data(run, size, start["classes"])
+        images = first = open_images(run.data, size, start["classes"])
+        n = len(first.names)
+        rows = split(n, run.holdout)
+        if run.val:
+            val = open_images(run.val, size, first.classes)
+            images = Images(first.names + val.names, lambda i: first.open(i) if i < n else val.open(i - n),
+                            np.append(first.labels, val.labels), first.classes)
+            rows = np.arange(n), np.arange(n, len(images.names))
         shape, classes = (ae_config.z_channels, size / f, size / f), len(images.classes)
     config = fitted(run, start, model_options, shape, classes)
     counts = list(map(len, (data.train, data.held) if npz else rows))
@@ -157,17 +164,6 @@ def autoencoder_of(state, path):
     if state["config"].first_stage == "none":
         return daes.Identity()
     return daes.from_state(state["dae"], path) if state["dae"] else None
-
-def open_data(run, size, classes):
-    """A run's images, and the indices of those to train on and held out. classes: known names."""
-    images = open_images(run.data, size, classes)
-    n = len(images.names)
-    if not run.val:
-        return images, split(n, run.holdout)
-    val = open_images(run.val, size, images.classes)
-    both = Images(images.names + val.names, lambda i: images.open(i) if i < n else val.open(i - n),
-                  np.append(images.labels, val.labels), images.classes)
-    return both, (np.arange(n), np.arange(n, len(both.names)))
 
 def fitted(run, start, options, shape, classes):
     """The Config for data of a shape (C, H, W) in so many classes."""
@@ -285,7 +281,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
                                lvae.autocast(device, dtype))
 
     def look(step):
-        good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
+        good = batch(0)
         with torch.no_grad(), lvae.autocast(device, dtype):
             rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
         save_picture(f"{run.out}/samples/dae_{step:06d}.png", [good, to_uint8(rebuilt)])
@@ -326,10 +322,10 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     """Encode all images, once -> Data. The latents, NaN for bad images, stay in OUT."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
     times = [os.path.getmtime(name) for name in images.names if os.path.isfile(name)]
-    key = hashlib.sha256(repr((images.names, times, size, run.flip, sums)).encode()).hexdigest()[:16]
+    key = zlib.crc32(repr((images.names, times, size, run.flip, sums)).encode())
     path, side = f"{run.out}/latents_{key}.npy", size // ae.config.f
     shape = len(images.names), 1 + run.flip, ae.config.z_channels, side, side  # (N, views, C, h, w)
-    batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
+    batch = max(1, 64 ** 3 // size ** 2)
     parts = np.split(np.arange(shape[0]), range(batch, shape[0], batch))
 
     def save(file):
@@ -368,7 +364,7 @@ def batch_indices(seed, count, batch, number):
     places = range(number * batch, (number + 1) * batch)
     return np.array([epoch_order(seed, place // count, count)[place % count] for place in places])
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # start no program
+FORMATS = "JPEG MPO PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF".split()  # they start no program
 
 class Images:
     """Names, open(i), which raises on a bad one, labels, classes."""
@@ -395,8 +391,8 @@ class Images:
 def open_images(path, size, known=()):
     """The images of a folder, an LSUN LMDB or the toy ('', 'toy'), of known classes if any."""
     if path in ("", "toy"):
-        names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
-        images = Images(names, lambda i: toy(i, size)[0], labels, BREADTH)
+        images = Images([f"toy {i}" for i in range(6144)], lambda i: toy(i, size)[0],
+                        np.arange(6144) % len(BREADTH), BREADTH)
     elif os.path.exists(f"{path}/data.mdb"):
         with explained(f"{path} is an LMDB: it needs `pip install lmdb`"):
             import lmdb
@@ -428,9 +424,9 @@ def list_images(path):
             continue
         seen.add(real)
         inside[:] = sorted(name for name in inside if name[0] != ".")
-        shown = [name for name in names if name[0] != "." and name.lower().endswith(endings)]
-        files += filter(os.path.isfile, [os.path.join(folder, name) for name in shown])
-    return sorted(files, key=lambda file: file.split(os.sep))
+        files += [os.path.join(folder, name) for name in names
+                  if name[0] != "." and name.lower().endswith(endings)]
+    return sorted(filter(os.path.isfile, files), key=lambda file: file.split(os.sep))
 
 def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name."""
@@ -505,11 +501,10 @@ def released_checkpoint(state, path):
     for dataset, preset in lvae.PRESETS.items():
         with torch.device("meta"):
             like = lvae.LVAE(preset).state_dict()
-        if {name: value.shape for name, value in like.items()} == {k: v.shape for k, v in ema.items()}:
+        if {k: v.shape for k, v in like.items()} == {k: v.shape for k, v in ema.items()}:
             return {"config": asdict(replace(preset, attention="released")), "ema": ema, "classes": [],
                     "dae": daes.find(state, path)[0], "dataset": dataset}
 
-@torch.no_grad()
 def resume(start, parts):
     """Put a checkpoint's state, if any, into modules and optimizers; returns the progress."""
     for name in parts.keys() & start.keys():
@@ -566,8 +561,8 @@ def setup(name="auto", precision="auto"):
         device = torch.empty(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory: clearing it anew
-        libc = ctypes.CDLL(None)  # is a fifth of decoding
+    with suppress(Exception):  # glibc is to keep freed memory: clearing it anew is a fifth of decoding
+        libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: all is of the heap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
@@ -589,7 +584,7 @@ def world():
 def my_part(batch):
     """The slice of a batch that this process takes."""
     rank, count = world()
-    require(batch % count == 0, f"{count} processes need a batch that is a multiple of {count}, not {batch}")
+    require(batch % count == 0, f"{count} processes need a batch of a multiple of {count}, not {batch}")
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
 def say(text):
