@@ -140,8 +140,7 @@ def train_both(index, run, model_options, dae_options):
 def starting_point(run, options):
     """What to go on from (own checkpoint, --init's, preset), as load_checkpoint has it; its autoencoder."""
     path = f"{run.out}/checkpoint.pt"
-    start = begun(path, load_checkpoint, options)
-    if start:
+    if start := begun(path, load_checkpoint, options):
         return start, autoencoder_of(start, path)
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
     if run.init:
@@ -290,12 +289,12 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
 
 def read_ahead(read, items):
     """read(item) of every item, in order; four threads read ahead."""
-    items = iter(items)
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(read, item) for item in itertools.islice(items, 4)]
+        begun = (pool.submit(read, item) for item in items)
+        waiting = list(itertools.islice(begun, 4))
         while waiting:
             yield waiting.pop(0).result()
-            waiting += [pool.submit(read, item) for item in itertools.islice(items, 1)]
+            waiting += itertools.islice(begun, 1)
 
 # ---------------------------------------------------------------- images and their latents
 # Raw latents (N, views, C, h, w); labels (N,) or None; rows to train on and held out; the classes' names.
