@@ -635,10 +635,9 @@ def parse(argv):
             number = daes.at_least(f.metadata["low"], type(f.default))
             more = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": values},
                     str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": number})
-            shown = f" ({f.default})" if kind is Run and f.default != "" else ""
-            if f.name != "first_stage":  # decided by --dae
-                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=f.metadata["help"] + shown,
-                                     **more)
+            text = f.metadata["help"] + (f" ({f.default})" if kind is Run and f.default != "" else "")
+            if f.name != "first_stage":  # --dae decides
+                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text, **more)
     given = vars(parser.parse_args(argv))
     run, model_options, dae_options = (
         {f.name: given[prefix + f.name] for f in fields(kind) if prefix + f.name in given}
@@ -760,7 +759,7 @@ def toy(index, size=64):
     horizon, side = y + depth, 4 * size
     heights = 1 - (np.arange(side) + 0.5) / side
     stops = zip(0.86 * ground, ground, haze, zenith)  # per channel, from the foot up
-    column = np.stack([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops], axis=-1)
+    column = np.transpose([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops])
     canvas = Image.fromarray(column.astype(np.uint8)[:, None]).resize((side, side))
     brush, front = Brush(canvas, 0, side, side), Brush(canvas, side * x, side * (1 - y), side * unit)
     x, y, width = rng.uniform((0.08, 0.72, 0.1), (0.42, 0.92, 0.17))
