@@ -191,7 +191,7 @@ def test_names_and_numbers_of_the_readme():
 
 def test_budgets():
     """A change pays for what it adds: lines, bytes, width, length of functions, `raise`s, imports."""
-    budgets, raises = {"lvae": 609, "dae": 590, "train": 817, "sample": 607, "test_lvae": 768}, 0
+    budgets, raises = {"lvae": 609, "dae": 590, "train": 804, "sample": 607, "test_lvae": 767}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
@@ -200,7 +200,7 @@ def test_budgets():
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 199_900
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 198_700
 
 def test_spectral_term():
     model, expected = awake(CLASSES)[0].train(), 0
@@ -748,7 +748,6 @@ def test_mistakes_are_refused():
                            ("no usable", "--data bad"), ("invalid", "--dataset x"),
                            ("heads", "--heads 7,7,7,7"), ("does not fit", "--num-classes 1")):
         refused(cause, training, f"--data photos --dae none --image-size 16 --out x {options}")
-    refused("needs a --scale", training, LATENTS + "x --shift 1")
     shutil.copy(A, "photos/a/new.png"), refused("16, 4] images", training, PHOTOS + "run --steps 6")
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
                            ("written", f"--out {A}/x.png")):

@@ -14,13 +14,13 @@ import argparse
 import atexit
 import copy
 import ctypes
-import hashlib
 import itertools
 import json
 import os
 import signal
 import sys
 import time
+import zlib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -93,10 +93,10 @@ def seed_step(seed, step):
 
 def log(run, stage, step, stats):
     """Append to log.jsonl, in one write; of a step run twice the later line counts."""
-    values = {name: value.tolist() if torch.is_tensor(value) else value for name, value in stats.items()}
     if world()[0] == 0:
+        line = json.dumps({"stage": stage, "step": step} | stats, default=torch.Tensor.tolist)
         with open(f"{run.out}/log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
+            file.write(line + "\n")
 
 # ---------------------------------------------------------------- what happens in which order
 def train_both(index, run, model_options, dae_options):
@@ -113,7 +113,14 @@ def train_both(index, run, model_options, dae_options):
     else:
         ae_config = ae.config if ae else replace(daes.PRESETS[run.dae_preset], **dae_options)
         f, size = ae_config.f, run.image_size or start["config"].resolution * ae_config.f
-        images, rows = open_data(run, size, start["classes"])
+        images = first = open_images(run.data, size, start["classes"])
+        n = len(first.names)
+        rows = split(n, run.holdout)
+        if run.val:
+            val = open_images(run.val, size, first.classes)
+            images = Images(first.names + val.names, lambda i: first.open(i) if i < n else val.open(i - n),
+                            np.append(first.labels, val.labels), first.classes)
+            rows = np.arange(n), np.arange(n, len(images.names))
         shape, classes = (ae_config.z_channels, size / f, size / f), len(images.classes)
     config = fitted(run, start, model_options, shape, classes)
     counts = list(map(len, (data.train, data.held) if npz else rows))
@@ -127,14 +134,14 @@ def train_both(index, run, model_options, dae_options):
         if not config.scale:  # to be measured on up to 10,000 of the latents
             h = data.h[data.train[::1 + len(data.train) // 10_000], 0].astype(np.float32)
             require(h.std() > 0, "nothing to learn from: all images are the same")
-            config = replace(config, shift=float(h.mean()), scale=float(h.std()))
+            shift = model_options.get("shift", float(h.mean()))
+            config = replace(config, shift=shift, scale=float(h.std()))
         train_lvae(run, config, ae, data, start | {"run": wanted}, device, dtype)
 
 def starting_point(run, options):
     """What to go on from (own checkpoint, --init's, preset), as load_checkpoint has it; its autoencoder."""
     path = f"{run.out}/checkpoint.pt"
-    start = begun(path, load_checkpoint, options)
-    if start:
+    if start := begun(path, load_checkpoint, options):
         return start, autoencoder_of(start, path)
     start = {"config": lvae.PRESETS[run.dataset], "dataset": run.dataset, "classes": [], "dae": {}}
     if run.init:
@@ -158,24 +165,12 @@ def autoencoder_of(state, path):
         return daes.Identity()
     return daes.from_state(state["dae"], path) if state["dae"] else None
 
-def open_data(run, size, classes):
-    """A run's images, and the indices of those to train on and held out. classes: known names."""
-    images = open_images(run.data, size, classes)
-    n = len(images.names)
-    if not run.val:
-        return images, split(n, run.holdout)
-    val = open_images(run.val, size, images.classes)
-    both = Images(images.names + val.names, lambda i: images.open(i) if i < n else val.open(i - n),
-                  np.append(images.labels, val.labels), images.classes)
-    return both, (np.arange(n), np.arange(n, len(both.names)))
-
 def fitted(run, start, options, shape, classes):
     """The Config for data of a shape (C, H, W) in so many classes."""
     config = start["config"]
     if run.dataset == "toy" and "model" not in start:  # this preset follows the user's own data
         config = lvae.adapted(config, shape[0], int(shape[1]), classes)
     config = replace(config, **options)
-    require(config.scale or "shift" not in options, "--shift needs a --scale, else both are measured")
     expected = config.data_channels, config.resolution, config.resolution
     require(shape == expected, f"data are (C, H, W) = {shape}, the config for {expected}: --image-size?")
     require(not config.num_classes or 1 <= classes <= config.num_classes,
@@ -186,7 +181,7 @@ def fitted(run, start, options, shape, classes):
 def train_lvae(run, config, ae, data, start, device, dtype):
     """Train the LVAE. ae: the autoencoder, or None for latents of another."""
     seed_step(run.seed, 0)
-    model = lvae.place(lvae.LVAE(config).train(), device)
+    model = lvae.place(lvae.LVAE(config), device)
     ema, optimizer = copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     path, parts = f"{run.out}/checkpoint.pt", {"model": model, "ema": ema, "optimizer": optimizer}
     facts = start | {"config": asdict(config), "classes": data.classes if config.num_classes else []}
@@ -237,18 +232,15 @@ def held_out(model, data, device):
     return {"held_out_distortion": distortion, "held_out_rate": rate, "held_out_nelbo_bits": bits}
 
 def save_pictures(run, model, ae, data, step, device):
-    """Held-out images, their reconstructions, and samples: eight of each class, guided if they can be."""
+    """Held-out images, their reconstructions, and samples: eight of each class."""
     config, held = model.config, data.held if len(data.held) else data.train
     x, label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
-    low_res = lvae.shrink(x, config) if config.upsample else None
-    rebuilt = model.generate(model.encode(x, label, None, low_res), label, low_res=low_res)
-    rows, names, guidance = 1 if config.upsample else min(config.num_classes, 10) or 8, [], {}
+    low_res, rebuilt = lvae.shrink(x, config) if config.upsample else None, model(x, label).mean
+    rows, names = 1 if config.upsample else min(config.num_classes, 10) or 8, []
     if config.num_classes and not config.upsample:
         label, names = torch.arange(rows, device=device).repeat_interleave(8), data.classes[:rows]
-    if config.num_classes and config.hierarchical_prior:
-        guidance = {"mean_guidance": lvae.guidance_levels(config, 1.5), "variance_guidance": 1.0}
     seed_step(0, 0)  # the same at every step: progress shows
-    samples = model.generate(None, label, 8 * rows, low_res=low_res, **guidance)
+    samples = model.generate(None, label, 8 * rows, low_res=low_res)
     parts = lvae.denormalise(torch.cat([x, rebuilt, samples]), config).split(8)
     images = [to_uint8(ae.decode(part)) for part in parts]
     save_picture(f"{run.out}/samples/{step:07d}.png", images, ["encoded", "LVAE", *names])
@@ -291,7 +283,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
                                lvae.autocast(device, dtype))
 
     def look(step):
-        good = [images.first_good(rows, index) for index in np.linspace(0, len(rows) - 1, 8).astype(int)]
+        good = batch(0)
         with torch.no_grad(), lvae.autocast(device, dtype):
             rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
         save_picture(f"{run.out}/samples/dae_{step:06d}.png", [good, to_uint8(rebuilt)])
@@ -300,12 +292,12 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
 
 def read_ahead(read, items):
     """read(item) of every item, in order; four threads read ahead."""
-    items = iter(items)
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(read, item) for item in itertools.islice(items, 4)]
+        begun = (pool.submit(read, item) for item in items)
+        waiting = list(itertools.islice(begun, 4))
         while waiting:
             yield waiting.pop(0).result()
-            waiting += [pool.submit(read, item) for item in itertools.islice(items, 1)]
+            waiting += itertools.islice(begun, 1)
 
 # ---------------------------------------------------------------- images and their latents
 # Raw latents (N, views, C, h, w); labels (N,) or None; rows to train on and held out; the classes' names.
@@ -321,7 +313,7 @@ def read_latents(path, holdout):
     """An .npz with `latents` (N, C, H, H) and perhaps `labels` (N,) -> Data."""
     with explained(f"{path}: expected latents (N, C, H, H), finite numbers"), np.load(path) as file:
         h, labels = file["latents"], None
-        require(h.shape[2] == h.shape[3] and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
+        require(h.ndim == 4 and np.abs(h, dtype=np.float32).max() < 1e12, str(h.shape))
         if "labels" in file:
             labels = file["labels"].astype(np.int64)
             require(labels.shape == h.shape[:1] and 0 <= labels.min() <= labels.max() < 1e6, "labels")
@@ -332,10 +324,10 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     """Encode all images, once -> Data. The latents, NaN for bad images, stay in OUT."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
     times = [os.path.getmtime(name) for name in images.names if os.path.isfile(name)]
-    key = hashlib.sha256(repr((images.names, times, size, run.flip, sums)).encode()).hexdigest()[:16]
+    key = zlib.crc32(repr((images.names, times, size, run.flip, sums)).encode())
     path, side = f"{run.out}/latents_{key}.npy", size // ae.config.f
     shape = len(images.names), 1 + run.flip, ae.config.z_channels, side, side  # (N, views, C, h, w)
-    batch = max(1, min(64, 64 ** 3 * (4 if device.type == "cuda" else 1) // size ** 2))
+    batch = max(1, 64 ** 3 // size ** 2)
     parts = np.split(np.arange(shape[0]), range(batch, shape[0], batch))
 
     def save(file):
@@ -374,7 +366,7 @@ def batch_indices(seed, count, batch, number):
     places = range(number * batch, (number + 1) * batch)
     return np.array([epoch_order(seed, place // count, count)[place % count] for place in places])
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # start no program
+FORMATS = "JPEG MPO PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF".split()  # they start no program
 
 class Images:
     """Names, open(i), which raises on a bad one, labels, classes."""
@@ -401,8 +393,8 @@ class Images:
 def open_images(path, size, known=()):
     """The images of a folder, an LSUN LMDB or the toy ('', 'toy'), of known classes if any."""
     if path in ("", "toy"):
-        names, labels = [f"toy {i}" for i in range(6144)], np.arange(6144) % len(BREADTH)
-        images = Images(names, lambda i: toy(i, size)[0], labels, BREADTH)
+        images = Images([f"toy {i}" for i in range(6144)], lambda i: toy(i, size)[0],
+                        np.arange(6144) % len(BREADTH), BREADTH)
     elif os.path.exists(f"{path}/data.mdb"):
         with explained(f"{path} is an LMDB: it needs `pip install lmdb`"):
             import lmdb
@@ -415,8 +407,7 @@ def open_images(path, size, known=()):
         files = list_images(path)
         require(files, f"{path}: no image found (expected a folder of .jpg, .png, ..)")
         images = Images(files, lambda i: read_image(files[i], size))
-        names = [os.path.relpath(file, path) for file in files]
-        parents = [name.split(os.sep)[0] if os.sep in name else "" for name in names]
+        parents = [os.path.dirname(os.path.relpath(file, path)).split(os.sep)[0] for file in files]
         classes, labels = np.unique(parents, return_inverse=True)
         if "" not in classes and len(classes) > 1:  # all in sub-folders
             images.classes, images.labels = classes.tolist(), labels
@@ -435,9 +426,9 @@ def list_images(path):
             continue
         seen.add(real)
         inside[:] = sorted(name for name in inside if name[0] != ".")
-        shown = [name for name in names if name[0] != "." and name.lower().endswith(endings)]
-        files += filter(os.path.isfile, [os.path.join(folder, name) for name in shown])
-    return sorted(files, key=lambda file: file.split(os.sep))
+        files += [os.path.join(folder, name) for name in names
+                  if name[0] != "." and name.lower().endswith(endings)]
+    return sorted(filter(os.path.isfile, files), key=lambda file: file.split(os.sep))
 
 def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name."""
@@ -458,7 +449,7 @@ def read_image(source, size):
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, np.float64)
             require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")
-            tops = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, [65535])  # else I;16
+            tops = [65535] if "16" in image.mode else [1, 255, 65535]
             top = min(top for top in tops if values.max() <= top)
             image = Image.fromarray((values / top * 255).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -476,10 +467,10 @@ def to_uint8(x):
 
 # ---------------------------------------------------------------- files
 def save_picture(path, rows, row_names=(), column_names=()):
-    """Save rows of uint8 images (H, W, 3) as one: JPEG or WebP if called so, else PNG."""
+    """Save rows of uint8 images (H, W, 3) as one, in the format that its name says, else PNG."""
     names = [[printable(name) for name in some or ()] for some in (row_names, column_names)]
     height, width = (np.max([image.shape[:2] for row in rows for image in row], axis=0) + 2).tolist()
-    font = ImageFont.load_default(max(10, min(32, min(height, width) // 7)))
+    font = ImageFont.load_default(10 + min(height, width) // 16)
     left = max((8 + int(font.getlength(name)) for name in names[0]), default=2)
     top = 4 + int(font.size * 1.3) if column_names else 2
     sheet = Image.new("RGB", (left + width * max(map(len, rows)), top + height * len(rows)), "white")
@@ -491,7 +482,7 @@ def save_picture(path, rows, row_names=(), column_names=()):
         draw.text((4, top + (y + 0.5) * height), name, fill="black", font=font, anchor="lm")
     for x, name in enumerate(names[1]):
         draw.text((left + (x + 0.5) * width, top // 2), name, fill="black", font=font, anchor="mm")
-    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(os.path.splitext(path)[1].lower(), "png")
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "PNG")
     daes.write(path, lambda file: sheet.save(file, kind))
 
 def save_checkpoint(path, facts, parts):
@@ -520,11 +511,10 @@ def released_checkpoint(state, path):
     for dataset, preset in lvae.PRESETS.items():
         with torch.device("meta"):
             like = lvae.LVAE(preset).state_dict()
-        if {name: value.shape for name, value in like.items()} == {k: v.shape for k, v in ema.items()}:
+        if {k: v.shape for k, v in like.items()} == {k: v.shape for k, v in ema.items()}:
             return {"config": asdict(replace(preset, attention="released")), "ema": ema, "classes": [],
                     "dae": daes.find(state, path)[0], "dataset": dataset}
 
-@torch.no_grad()
 def resume(start, parts):
     """Put a checkpoint's state, if any, into modules and optimizers; returns the progress."""
     for name in parts.keys() & start.keys():
@@ -534,10 +524,9 @@ def resume(start, parts):
             if isinstance(part, torch.optim.Optimizer):  # rate and implementation are this device's
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
-            for parameter, moments in getattr(part, "state", {}).items():
-                for key, value in moments.items():
-                    if value.shape == parameter.shape:  # in the memory format that fused Adam expects
-                        moments[key] = torch.empty_like(parameter).copy_(value)
+            for p, moments in getattr(part, "state", {}).items():  # fused Adam expects its memory format
+                moments |= {key: torch.empty_like(p).copy_(value) for key, value in moments.items()
+                            if value.shape == p.shape}
     if start.get("step"):
         say(f"resuming at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
@@ -573,7 +562,7 @@ def claim(out):
 def setup(name="auto", precision="auto"):
     """--device and --precision -> device and dtype of convs; joins torchrun's other processes."""
     if name == "auto":
-        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun: a GPU for each process
     with explained(f"--device {name} cannot be used"):
@@ -582,12 +571,12 @@ def setup(name="auto", precision="auto"):
         device = torch.empty(1, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with suppress(AttributeError, TypeError, OSError):  # glibc is to keep freed memory: clearing it anew
-        libc = ctypes.CDLL(None)  # is a fifth of decoding
+    with suppress(Exception):  # glibc is to keep freed memory: clearing it anew is a fifth of decoding
+        libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: all is of the heap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
+        dist.init_process_group(timeout=timedelta(days=2))  # NCCL for CUDA, gloo for CPUs
         atexit.register(dist.destroy_process_group)  # its threads end before Python
     fast = {"cpu": getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"),
             "cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
@@ -606,7 +595,7 @@ def world():
 def my_part(batch):
     """The slice of a batch that this process takes."""
     rank, count = world()
-    require(batch % count == 0, f"{count} processes need a batch that is a multiple of {count}, not {batch}")
+    require(batch % count == 0, f"{count} processes need a batch of a multiple of {count}, not {batch}")
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
 def say(text):
@@ -622,7 +611,6 @@ def average(tensors):
             import torch_xla.core.xla_model as xm
             flat = xm.all_reduce(xm.REDUCE_SUM, flat.to(xla.device()))
         else:
-            flat = flat.to("cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(flat)
         for t, mean in zip(tensors, (flat / count).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
@@ -660,10 +648,9 @@ def parse(argv):
         for f in fields(kind):
             more = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": values},
                     str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": type(f.default)})
-            shown = f" ({f.default})" if kind is Run and f.default != "" else ""
-            if f.name != "first_stage":  # decided by --dae
-                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=f.metadata["help"] + shown,
-                                     **more)
+            text = f.metadata["help"] + (f" ({f.default})" if kind is Run and f.default != "" else "")
+            if f.name != "first_stage":  # --dae decides
+                section.add_argument(f"--{prefix}{f.name}".replace("_", "-"), help=text, **more)
     given = vars(parser.parse_args(argv))
     run, model_options, dae_options = (
         {f.name: given[prefix + f.name] for f in fields(kind) if prefix + f.name in given}
@@ -736,8 +723,8 @@ def landmark(name, rng, wall, roof, gap):
                     (gap, 0.27 * flip, 0, 0.12, 0.22, "arch")]
         yield from [(gap, x * flip, 0.08, 0.08, 0.16, "arch") for x in (-0.34, -0.18, -0.02)]
     elif name == "house":
-        yield wall, 0.34 * flip, 0.6, 0.16, 0.4  # the chimney, behind the roof
-        yield from [(wall, 0, 0, 1.1, 0.48, 1, 0.75), (gap, -0.12 * flip, 0, 0.17, 0.34),
+        yield from [(wall, 0.34 * flip, 0.6, 0.16, 0.4),  # the chimney, behind the roof
+                    (wall, 0, 0, 1.1, 0.48, 1, 0.75), (gap, -0.12 * flip, 0, 0.17, 0.34),
                     (roof, 0, 0.46, 1.34, 0.46, rng.uniform(0.35, 0.6), 0.75)]
         yield from [(gap, x * flip, 0.17, 0.19, 0.17) for x in (-0.38, 0.26)]
     elif name == "castle":
@@ -765,8 +752,8 @@ def landmark(name, rng, wall, roof, gap):
     elif name == "pyramid":
         yield from [(wall, 0, 0, 1.6, 1, 0), (roof, 0, 0.76, 0.384, 0.24, 0)]
     elif name == "mosque":
-        yield from [(wall, x, 0, 0.12, 0.8) for x in (-0.56, 0.56)]
-        yield from [(roof, x, 0.8, 0.16, 0.2, 0) for x in (-0.56, 0.56)]
+        for x in (-0.56, 0.56):
+            yield from [(wall, x, 0, 0.12, 0.8), (roof, x, 0.8, 0.16, 0.2, 0)]
         yield from [(wall, 0, 0, 0.88, 0.36), (wall, 0, 0.36, 0.58, 0.1), (roof, 0, 0.45, 0.66, 0.43, "dome")]
         yield from [(gap, x, 0, 0.15, 0.24, "arch") for x in (-0.27, 0, 0.27)]
 
@@ -786,7 +773,7 @@ def toy(index, size=64):
     horizon, side = y + depth, 4 * size
     heights = 1 - (np.arange(side) + 0.5) / side
     stops = zip(0.86 * ground, ground, haze, zenith)  # per channel, from the foot up
-    column = np.stack([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops], axis=-1)
+    column = np.transpose([np.interp(heights, (0, horizon, horizon, 1), channel) for channel in stops])
     canvas = Image.fromarray(column.astype(np.uint8)[:, None]).resize((side, side))
     brush, front = Brush(canvas, 0, side, side), Brush(canvas, side * x, side * (1 - y), side * unit)
     x, y, width = rng.uniform((0.08, 0.72, 0.1), (0.42, 0.92, 0.17))
