@@ -232,15 +232,17 @@ def held_out(model, data, device):
     return {"held_out_distortion": distortion, "held_out_rate": rate, "held_out_nelbo_bits": bits}
 
 def save_pictures(run, model, ae, data, step, device):
-    """Held-out images, their reconstructions, and samples: eight of each class."""
+    """Held-out images, their reconstructions, and samples: eight of each class, guided if they can be."""
     config, held = model.config, data.held if len(data.held) else data.train
     x, label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
     low_res, rebuilt = lvae.shrink(x, config) if config.upsample else None, model(x, label).mean
-    rows, names = 1 if config.upsample else min(config.num_classes, 10) or 8, []
+    rows, names, guidance = 1 if config.upsample else min(config.num_classes, 10) or 8, [], {}
     if config.num_classes and not config.upsample:
         label, names = torch.arange(rows, device=device).repeat_interleave(8), data.classes[:rows]
+    if config.num_classes and config.hierarchical_prior:
+        guidance = {"mean_guidance": lvae.guidance_levels(config, 1.5), "variance_guidance": 1.0}
     seed_step(0, 0)  # the same at every step: progress shows
-    samples = model.generate(None, label, 8 * rows, low_res=low_res)
+    samples = model.generate(None, label, 8 * rows, low_res=low_res, **guidance)
     parts = lvae.denormalise(torch.cat([x, rebuilt, samples]), config).split(8)
     images = [to_uint8(ae.decode(part)) for part in parts]
     save_picture(f"{run.out}/samples/{step:07d}.png", images, ["encoded", "LVAE", *names])
