@@ -14,7 +14,6 @@
 
 A sample depends on its seed, number and label, not on its batch. Guidance (Eq. 2) is 0 when off.
 """
-import argparse
 import contextlib
 import copy
 import math
@@ -196,7 +195,7 @@ def likeliest(sampler, x):
 
 def save_grid(path, what, rows, **names):
     """Save a grid, images smaller than 128 pixels enlarged by a whole factor."""
-    scale = math.ceil(128 / min(128, *(image.shape[0] for row in rows for image in row)))
+    scale = math.ceil(128 / len(rows[0][0]))
     save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
     say(f"{path}: {what}")
 
@@ -238,11 +237,10 @@ def shared_array(path, shape):
     """uint8 in a temporary file that processes share, perhaps larger than memory."""
     try:
         if world()[0] == 0:
-            with explained(f"{path}: cannot be written"):
-                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-                with open(path, "wb") as file:
-                    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
-                        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         asked_to_stop()  # the others wait until it is there
         yield np.memmap(path, np.uint8, "r+", shape=shape)
     finally:
@@ -359,15 +357,13 @@ def load_network(path, device):
 
 def frechet(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½) (Heusel et al., 2017)."""
-    values, vectors = np.linalg.eigh(sigma1.astype(np.float64))
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # root sigma2 root is symmetric, and has the
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()  # eigenvalues of sigma1 sigma2
+    cross = np.emath.sqrt(np.linalg.eigvals(sigma1.astype(np.float64) @ sigma2)).real.sum()
     return max(float(np.square(mu1 - mu2).sum() + sigma1.trace() + sigma2.trace() - 2 * cross), 0.0)
 
-def inception_score(probabilities, split=5000):
+def inception_score(probabilities):
     """exp of the mean KL between each image's class probabilities (N, K) and their split's mean, averaged
     over splits of 5000 (Salimans et al., 2016)."""
-    parts = torch.from_numpy(probabilities).double().clamp_min(1e-38).split(split)
+    parts = torch.from_numpy(probabilities).double().clamp_min(1e-38).split(5000)
     return float(np.mean([(p * (p / p.mean(0)).log()).sum(1).mean().exp() for p in parts]))
 
 def precision_recall(reference, samples, device, k=3):
@@ -404,11 +400,10 @@ def statistics(path, network, batch, size):
             known["probabilities"] = np.random.default_rng(0).permutation(known["probabilities"])
         return known
     with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3), or mu and sigma"), np.load(path) as file:
-        names = {"mu", "sigma", "features", "probabilities", "saturation"}
-        given = {name: file[name] for name in names & set(file)}
-        if "arr_0" not in file:
+        given = dict(file)
+        if "arr_0" not in given:
             return given | {"mu": file["mu"], "sigma": file["sigma"]}  # a KeyError if they are missing
-        images = file["arr_0"]
+        images = given.pop("arr_0")
         require(images.dtype == np.uint8 and images.shape[3:] == (3,), f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
@@ -437,7 +432,6 @@ def evaluate(sampler, args):
     else:
         found = statistics(args.source, network, args.batch, size)
     with explained("--reference: expected statistics of the same --features"):
-        say(f"{args.source}: {len(found['mu'])} features")
         if reference:
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
         if "probabilities" in found:
@@ -447,7 +441,7 @@ def evaluate(sampler, args):
             row["precision"], row["recall"] = precision_recall(*sets, device)
         row["saturation"] = float(found.get("saturation", math.nan))
     print("  ".join(f"{name:>12}" for name in row))
-    print("  ".join(f"{value:12.4f}" for value in row.values()), flush=True)
+    print("  ".join(f"{value:12.4f}" for value in row.values()))
     if args.export:
         daes.write(args.export, lambda file: np.savez(file, **found))
         say(f"{args.export}: statistics of {args.source}")
@@ -519,8 +513,7 @@ def timed(function, budget):
     return timer.blocked_autorange(min_run_time=budget).times
 
 # ---------------------------------------------------------------- command line
-positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
-counts, weights = at_least(1, several=True), at_least(-math.inf, float, several=True)
+positive, amount, weights = at_least(1), at_least(0, float), at_least(-math.inf, float, several=True)
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, help
     "images": (list, None, "images, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
@@ -531,7 +524,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--n": (positive, None, "how many images (for torchrun: --samples)"),
     "--out": (str, None, "the picture, .png, .jpg or .webp"),
     "--npz": (str, None, "arr_0 uint8 (N, H, W, 3), shuffled; arr_1 labels"),
-    "--groups": (counts, None, "also with only the first k latent groups: one or more k"),
+    "--groups": (at_least(1, several=True), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "images per axis, ends included"),
     "--width": (positive, 2, "in images"),
     "--data": (str, None, "folder of images, LSUN LMDB, or toy (what it was trained on)"),
@@ -542,7 +535,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--export": (str, None, ".npz of the statistics, a --reference"),
     "--neighbors": (positive, 6, "per sample"), "--seconds": (amount, 5.0, "to time each stage for"),
     "--train": (positive, None, "also time a training step of so many images"),
-    "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
+    "--batch": (positive, 16, "images at a time"), "--seed": (at_least(0), 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 if the device has it"),
     "--compile": (bool, False, "torch.compile: takes minutes"),
@@ -573,7 +566,7 @@ def main(argv=None):
                          "toy; bench: also a preset")
         for name, _, special in (word.partition("=") for word in f"{options} {COMMON}".split()):
             kind, default, text = OPTIONS[name]
-            more = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(
+            more = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(
                 kind, {"choices" if isinstance(kind, tuple) else "type": kind})
             default = special or default
             text = f"{text} ({default})" if default else text

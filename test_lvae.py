@@ -751,7 +751,7 @@ def test_mistakes_are_refused():
     refused("needs a --scale", training, LATENTS + "x --shift 1")
     shutil.copy(A, "photos/a/new.png"), refused("16, 4] images", training, PHOTOS + "run --steps 6")
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),
-                           ("written", f"--out {A}/x.png")):
+                           ("File exists", f"--out {A}/x.png")):
         refused(cause, sampling, f"generate {RUN} {options}")
     refused("one per image", sampling, f"interpolate {RUN} {A} {B} --label a,b,a")
     for cause, line in (("church_outdoor_train_lmdb", f"{TRAIN}--dataset church"),
