@@ -3,14 +3,9 @@
     python sample.py generate CKPT --label castle --n 16 --mean-guidance 0,1.5,1.5,1.5 --variance-guidance 1
     python sample.py generate CKPT --n 50000 --npz samples.npz  # for the guided-diffusion evaluator
     python sample.py generate RGB16 --upsampler UPSAMPLER       # the upsampling stack of Table 1
-    python sample.py reconstruct CKPT photo.jpg folder/ --groups 2,6
-    python sample.py interpolate CKPT a.jpg b.jpg
-    python sample.py manifold CKPT
-    python sample.py outpaint CKPT photo.jpg
-    python sample.py rates CKPT --data photos/
+    python sample.py reconstruct CKPT photo.jpg folder/         # interpolate and outpaint likewise
+    python sample.py rates CKPT --data photos/                  # neighbors likewise; manifold, bench: CKPT
     python sample.py evaluate CKPT --reference photos/ --features NET
-    python sample.py neighbors CKPT --data photos/
-    python sample.py bench CKPT
 
 A sample depends on its seed, number and label, not on its batch. Guidance (Eq. 2) is 0 when off.
 """
@@ -338,7 +333,7 @@ NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/met
 def load_network(path, device):
     """A TorchScript network that gives features, or features and logits, or has NETWORK's two options -> a
     function of uint8 (B, H, W, 3): features (B, D) and perhaps class probabilities (B, K)."""
-    with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
+    with explained(f"--features {path}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         two = "no_output_bias" in str(net.forward.schema)
 
@@ -573,8 +568,7 @@ def main(argv=None):
             alias = ["--samples"] if name == "--n" else []  # torchrun has a --n of its own
             own.add_argument(name, *alias, default=default, help=text, **more)
     args = parser.parse_args(argv)
-    require(args.command == "generate" or world()[1] == 1,
-            f"{args.command} runs in one process, without torchrun")
+    require(args.command == "generate" or world()[1] == 1, f"{args.command} runs in one process")
     sampler = state = None
     if args.command == "bench" and args.source in lvae.PRESETS:  # with random weights
         config = lvae.PRESETS[args.source]
