@@ -279,7 +279,7 @@ def manifold(sampler, args):
     label = sampler.labels(args.label)[0]
     x = sampler.generate(sampler.noise(args.seed, range(64)), label)
     across, down = channel_kl(sampler.infer(x, label))[:2].argmax(1).tolist()  # of (L, z)
-    values, rows = torch.linspace(-2.25, 2.25, args.steps, device=sampler.device), []
+    values, rows = torch.linspace(-2.25, 2.25, args.steps), []
     for value in values:
         noise = [eps.repeat(args.steps, 1, 1, 1) for eps in sampler.noise(args.seed, [0])]
         noise[0][:, across], noise[1][:, down] = values[:, None, None], value
@@ -415,8 +415,7 @@ def made(sampler, args):
     return (images for _, images in draw_all(sampler, args, labels))
 
 def evaluate(sampler, args):
-    """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them, and
-    the mean saturation of HSV (footnote 2)."""
+    """Table 3: FID, IS, precision, recall as guided-diffusion's evaluator; saturation (footnote 2)."""
     device, reference, row = setup(args.device)[0], {}, {}
     network = load_network(args.features, device)
     size = args.image_size or (sampler.out_size if sampler else 0)

@@ -70,8 +70,8 @@ def filled(module, rename=str):
 def released_name(key):
     """Our parameter's name in the authors' released weights."""
     for ours, theirs in (
-            (r"^levels\.(\d+)", r"layer_list.\1.layer_list"), ("qkv", "qkvproj"), ("embedding", "embed"),
-            (r"^encoder\.levels\.(\d+)", r"encoder.encoder_levels.\1.layer_list"), ("initial", "initial_x"),
+            (r"\blevels\.(\d+)", r"layer_list.\1.layer_list"), ("qkv", "qkvproj"), ("embedding", "embed"),
+            (r"encoder\.layer_list", "encoder.encoder_levels"), ("initial", "initial_x"),
             (r"\bout(_proj)?\b", "outproj"), (r"(prior|posterior)_block\.dense2", r"\1_block.dense2.conv")):
         key = re.sub(ours, theirs, key)
     return key
@@ -191,7 +191,7 @@ def test_names_and_numbers_of_the_readme():
 
 def test_budgets():
     """A change pays for what it adds: lines, bytes, width, length of functions, `raise`s, imports."""
-    budgets, raises = {"lvae": 609, "dae": 630, "train": 805, "sample": 598, "test_lvae": 768}, 0
+    budgets, raises = {"lvae": 609, "dae": 630, "train": 805, "sample": 584, "test_lvae": 764}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
@@ -200,7 +200,7 @@ def test_budgets():
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 200_300
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 199_100
 
 def test_spectral_term():
     model, expected = awake(CLASSES)[0].train(), 0
@@ -295,7 +295,7 @@ def test_nothing_looks_from_the_host():
 def test_training_as_the_docstring_has_it():
     code = lvae.__doc__[lvae.__doc__.index("    config ="):].split("\n\n")[0].replace("\n    ", "\n").strip()
     h, labels = 3 * seeded(0, 4, 2, 8, 8), torch.arange(4)
-    names = dict(lvae=lvae, torch=torch, copy=copy, replace=replace, labels=labels, h=h)
+    names = globals() | {"labels": labels, "h": h}
     small = lvae.adapted(replace(CLASSES, sigma_q=0.1, lr=3e-3, warmup=20, steps=150, batch=4), 2, 8, 4)
     torch.manual_seed(0)
     with patch.dict(lvae.PRESETS, toy=small):
@@ -451,12 +451,12 @@ def cells(path, rows, columns):
     return picture.reshape(rows, 130, columns, 130, 3)[:, :128:4, :, :128:4].swapaxes(1, 2)
 
 @in_folder()
+@patch.object(torch, "compile", lambda function: function)
 def test_samples_and_the_upsampling_stack():
     images = []
     for options in ("--npz a.npz --out samples.png", "--batch 3 --compile", "--precision bf16", "--seed 1",
                     "--temperature 0"):
-        with patch.object(torch, "compile", lambda function: function):
-            sampling(f"generate {RUN} --n 8 {options}")
+        sampling(f"generate {RUN} --n 8 {options}")
         images.append(cells("samples.png", 2, 4).reshape(8, 32, 32, 3))  # four of each class
     a, small_batch, bf16, seed, cold = images
     assert near(a, small_batch) and near(a, bf16, 20) and not near(a, bf16, 0)
