@@ -191,7 +191,7 @@ def test_names_and_numbers_of_the_readme():
 
 def test_budgets():
     """A change pays for what it adds: lines, bytes, width, length of functions, `raise`s, imports."""
-    budgets, raises = {"lvae": 609, "dae": 630, "train": 805, "sample": 584, "test_lvae": 764}, 0
+    budgets, raises = {"lvae": 609, "dae": 630, "train": 805, "sample": 584, "test_lvae": 765}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
