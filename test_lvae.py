@@ -295,7 +295,7 @@ def test_nothing_looks_from_the_host():
 def test_training_as_the_docstring_has_it():
     code = lvae.__doc__[lvae.__doc__.index("    config ="):].split("\n\n")[0].replace("\n    ", "\n").strip()
     h, labels = 3 * seeded(0, 4, 2, 8, 8), torch.arange(4)
-    names = globals() | {"labels": labels, "h": h}
+    names = dict(lvae=lvae, torch=torch, copy=copy, replace=replace, labels=labels, h=h)
     small = lvae.adapted(replace(CLASSES, sigma_q=0.1, lr=3e-3, warmup=20, steps=150, batch=4), 2, 8, 4)
     torch.manual_seed(0)
     with patch.dict(lvae.PRESETS, toy=small):
