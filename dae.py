@@ -188,7 +188,9 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled."""
+        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled. Raises ValueError."""
+        sides, f = tuple(x.shape[2:]), self.config.f
+        require(not any(side % f for side in sides), f"images of {sides}: expected multiples of {f}")
         return self.quant_conv(self.encoder(x)).float()[:, :self.config.z_channels]  # of 2C, or C for VQ
 
     def decode(self, h):
@@ -224,7 +226,8 @@ class Discriminator(nn.Sequential):
 
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
     """Losses of a KL autoencoder ("dae") and its adversary ("discriminator", if any), per image, and their
-    terms, by name; perceptual: LPIPS; average(tensors) puts the mean over all processes into them."""
+    terms, by name. x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f); perceptual: LPIPS; average(tensors)
+    puts the mean over all processes into them."""
     config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
@@ -294,7 +297,8 @@ def explained(problem):
     try:
         yield
     except Exception as e:  # of a broken file, a library, a device, the network; torch's words are many
-        e = e.__context__ if isinstance(e.__context__, OSError) else e  # of torch's writer: a full disk
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
+            e = e.__context__  # of torch's writer: a full disk
         cause = printable(re.split(r"\b\. ", str(e).replace("\n\t", " "))[0][:300]) or type(e).__name__
         raise ValueError(f"{problem} ({cause})") from None
 
@@ -311,7 +315,7 @@ class InertDict:
         return OrderedDict()  # torch puts items into real dicts only
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files before 1.6 begin
-UNWANTED = r"\d{19}|bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # integers with one hash, names
+UNWANTED = r"\d{20}|bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # many share a hash; names
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -337,7 +341,7 @@ def check_pickle(data):
         stack[start:] = [made] * len(operation.stack_after)
         unwanted = name in ("LONG1", "GLOBAL") and re.search(UNWANTED, str(value))
         short = max(position, work // 4) <= 1 << 22  # bytes; real pickles stay below half of it
-        require(short and not unwanted, "too much work, or tensors that are not plain")
+        require(short and not unwanted, "it is hostile, or of sparse or quantised tensors")
 
 def load_zip(path):
     """torch.save's format since 1.6; what it names and torch does not know becomes Inert."""
@@ -382,7 +386,7 @@ def unpack(path, folder):
 def read(path):
     """A file, or what is published so, as plain containers and tensors, views of it. Raises ValueError."""
     path = local(path)
-    with explained(f"{path} cannot be read: missing, truncated, damaged or hostile"), \
+    with explained(f"{path} cannot be read: missing, truncated or no checkpoint"), \
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
             warnings.catch_warnings(action="ignore"):
         require(os.path.isfile(path) or not os.path.exists(path), "not a file")  # a pipe would wait
@@ -396,7 +400,7 @@ def read(path):
             elif head.startswith(b"PK\x03\x04"):
                 content = load_zip(path)
             else:
-                require(head[8:9] == b"{", f"not a checkpoint (a web page?): it begins with {head!r}")
+                require(head[8:9] == b"{", f"a web page? It begins with {head!r}")
                 content = load_safetensors(file)
         tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
         for tensor in tensors:
@@ -434,7 +438,8 @@ def find(content, source):
     parts = [content, *content.values()] if isinstance(content, dict) else []
     found = [(name.removesuffix(FIRST), part) for part in parts if isinstance(part, dict) for name in part
              if type(name) is str and f".{name}".endswith(f".{FIRST}")]
-    require(found, f"{source}: no autoencoder: expected {FIRST}")
+    names = str([*content] if parts else content)[:200]
+    require(found, f"{source}: no autoencoder: expected {FIRST}, found {names}")
     prefix, tensors = min(found, key=lambda some: (not some[0].endswith("first_stage_model."), len(some[0])))
     state = {name.removeprefix(prefix): value for name, value in tensors.items()
              if torch.is_tensor(value) and value.is_floating_point() and type(name) is str

@@ -49,7 +49,7 @@ class Config:
     num_classes: int = knob(0, "number of labels, 0: unconditional")
     first_stage: str = knob("kl-f8", "autoencoder: of dae.PRESETS, train, file, none (pixels), latents")
     shift: float = knob(0.0, "data are normalised to (h - shift) / scale", -math.inf)
-    scale: float = knob(1.0, "0: measure both on the data")
+    scale: float = knob(1.0, "their standard deviation; 0: measure both on the data")
     width: int = knob(192, "channels of the top-down path, times mult", 1)
     encoder_width: int = knob(192, "channels of the bottom-up path, times mult", 1)
     mult: tuple = knob((1, 1, 1, 1, 1), "channel multiplier per level, finest first", 1)
@@ -60,8 +60,8 @@ class Config:
     heads: tuple = knob((4, 8, 8, 0, 0), "heads per level, divisors of its widths")
     z_dim: int = knob(16, "channels of a latent group", 1)
     hierarchical_prior: bool = knob(False, "learn p(z_i | z_<i), not N(0, 1); guidance acts on it")
-    attention: str = knob("sdpa", "sdpa, or released: as in the authors' weights")
-    upsample: int = knob(0, "factor of an upsampler, 2, 4, ..; 0: none")
+    attention: str = knob("sdpa", "sdpa, or released: the authors' bug, for their weights")
+    upsample: int = knob(0, "factor of an upsampler given a smaller image, 2, 4, ..; 0: none")
     sigma_q: float = knob(0.07, "std of the noise around the target (App. B)", 1e-6)
     spectral_weight: float = knob(0.1, "weight of the spectral term")
     kl_schedule: tuple = knob(("shifted_exp", 1000, 10), "shifted_exp,scale,shift; constant_per,A,B,..; none")
@@ -230,7 +230,7 @@ class SpectralConv2d(nn.Conv2d):
 
 class Block(nn.Module):
     """The inverted bottleneck (App. B): two k x k convs, then two 1x1 convs that widen by `ffn` (none if 0).
-    It adds its input if channels agree, and it has no `penalty`, its last conv's spectral weight."""
+    It adds its input if channels agree and there is no `penalty` (its last conv's spectral weight)."""
     def __init__(self, c, c_out, kernel, ffn, label_dim, scale, penalty=None):
         super().__init__()
         last = conv if penalty is None else partial(SpectralConv2d, penalty=penalty)

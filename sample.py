@@ -3,14 +3,9 @@
     python sample.py generate CKPT --label castle --n 16 --mean-guidance 0,1.5,1.5,1.5 --variance-guidance 1
     python sample.py generate CKPT --n 50000 --npz samples.npz  # for the guided-diffusion evaluator
     python sample.py generate RGB16 --upsampler UPSAMPLER       # the upsampling stack of Table 1
-    python sample.py reconstruct CKPT photo.jpg folder/ --groups 2,6
-    python sample.py interpolate CKPT a.jpg b.jpg
-    python sample.py manifold CKPT
-    python sample.py outpaint CKPT photo.jpg
-    python sample.py rates CKPT --data photos/
+    python sample.py reconstruct CKPT photo.jpg folder/         # interpolate and outpaint likewise
+    python sample.py rates CKPT --data photos/                  # neighbors likewise; manifold, bench: CKPT
     python sample.py evaluate CKPT --reference photos/ --features NET
-    python sample.py neighbors CKPT --data photos/
-    python sample.py bench CKPT
 
 A sample depends on its seed, number and label, not on its batch. Guidance (Eq. 2) is 0 when off.
 """
@@ -19,6 +14,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +40,8 @@ class Sampler:
         self.device, self.dtype = setup(device, precision)
         self.config, self.dataset, self.data = state["config"], state["dataset"], state["run"].get("data")
         self.folders = names = state["classes"]  # the sub-folders that it learned from
-        if self.dataset == "imagenet" and not names:
+        synsets = len(names) in (0, 1000) and all(re.fullmatch(r"n\d+", name) for name in names)
+        if self.dataset == "imagenet" and synsets:
             names = (Path(__file__).parent / "assets/imagenet_classes.txt").read_text("utf-8").splitlines()
         count = self.config.num_classes
         self.classes = [*names[:count], *map(str, range(len(names), count)), "none"]
@@ -58,7 +55,7 @@ class Sampler:
         self.upsampler = Sampler(upsampler, device, precision, compile=compile) if upsampler else None
         self.out_size = self.upsampler.size if upsampler else self.size  # of what `draw` gives
         require(not upsampler or self.size * self.upsampler.config.upsample == self.out_size,
-                f"{upsampler} is no upsampler of images of {self.size}")
+                f"{upsampler} is no upsampler of images of {self.size} pixels")
         if compile:
             self.model.generate, self.dae.decode = map(torch.compile, (self.model.generate, self.dae.decode))
 
@@ -119,13 +116,14 @@ class Sampler:
             return list(range(self.config.num_classes or 1))
         text, labels = text.strip().lower(), []
         numbers = {str(i): i for i in range(self.config.num_classes)}
-        numbers |= {name.strip().lower(): i for i, name in enumerate(self.classes)}
+        for names in (self.folders, self.classes):
+            numbers |= {name.strip().lower(): i for i, name in enumerate(names)}
         for word in [text] if text in numbers else text.split(","):  # a name may have commas itself
             word = word.strip()
             names = [word] if word in numbers else [name for name in numbers if name.startswith(word)]
             found = {numbers[name] for name in names}
             require(len(found) == 1,
-                    f"--label {word}: no such class, or several, of .. {', '.join(numbers)[-300:]}")
+                    f"--label {word}: no such class, or several; known: .. {', '.join(numbers)[-300:]}")
             labels += found
         return labels
 
@@ -196,7 +194,7 @@ def likeliest(sampler, x):
 
 def save_grid(path, what, rows, **names):
     """Save a grid, images smaller than 128 pixels enlarged by a whole factor."""
-    scale = math.ceil(128 / min(128, *(image.shape[0] for row in rows for image in row)))
+    scale = math.ceil(128 / len(rows[0][0]))
     save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
     say(f"{path}: {what}")
 
@@ -238,11 +236,10 @@ def shared_array(path, shape):
     """uint8 in a temporary file that processes share, perhaps larger than memory."""
     try:
         if world()[0] == 0:
-            with explained(f"{path}: cannot be written"):
-                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-                with open(path, "wb") as file:
-                    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
-                        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, no crash later
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
         asked_to_stop()  # the others wait until it is there
         yield np.memmap(path, np.uint8, "r+", shape=shape)
     finally:
@@ -259,10 +256,11 @@ def reconstruct(sampler, args):
     for images, x, label in encoded(sampler, args):
         numbers = len(rows["original"]) + np.arange(len(x))
         noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, numbers)
+        low_res = lvae.shrink(x, sampler.config) if sampler.config.upsample else None
         rows["original"].extend(images)
         rows["autoencoder"].extend(sampler.decode(x))
         for name, k in kept.items():  # the other groups are drawn
-            rows[name].extend(sampler.images(noise[:k] + drawn[k:], label))
+            rows[name].extend(sampler.images(noise[:k] + drawn[k:], label, low_res=low_res))
     save_grid(args.out, f"{len(rows['original'])} images", list(rows.values()), row_names=list(rows))
 
 def interpolate(sampler, args):
@@ -286,7 +284,7 @@ def manifold(sampler, args):
     label = sampler.labels(args.label)[0]
     x = sampler.generate(sampler.noise(args.seed, range(64)), label)
     across, down = channel_kl(sampler.infer(x, label))[:2].argmax(1).tolist()  # of (L, z)
-    values, rows = torch.linspace(-2.25, 2.25, args.steps, device=sampler.device), []
+    values, rows = torch.linspace(-2.25, 2.25, args.steps), []
     for value in values:
         noise = [eps.repeat(args.steps, 1, 1, 1) for eps in sampler.noise(args.seed, [0])]
         noise[0][:, across], noise[1][:, down] = values[:, None, None], value
@@ -340,7 +338,7 @@ NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/met
 def load_network(path, device):
     """A TorchScript network that gives features, or features and logits, or has NETWORK's two options -> a
     function of uint8 (B, H, W, 3): features (B, D) and perhaps class probabilities (B, K)."""
-    with explained(f"{path or '--features'}: expected a TorchScript network, such as {NETWORK}"):
+    with explained(f"--features {path}: expected a TorchScript network, such as {NETWORK}"):
         net = torch.jit.load(path, map_location=device).eval()
         two = "no_output_bias" in str(net.forward.schema)
 
@@ -359,15 +357,13 @@ def load_network(path, device):
 
 def frechet(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½) (Heusel et al., 2017)."""
-    values, vectors = np.linalg.eigh(sigma1.astype(np.float64))
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # root sigma2 root is symmetric, and has the
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()  # eigenvalues of sigma1 sigma2
+    cross = np.emath.sqrt(np.linalg.eigvals(sigma1.astype(np.float64) @ sigma2)).real.sum()
     return max(float(np.square(mu1 - mu2).sum() + sigma1.trace() + sigma2.trace() - 2 * cross), 0.0)
 
-def inception_score(probabilities, split=5000):
+def inception_score(probabilities):
     """exp of the mean KL between each image's class probabilities (N, K) and their split's mean, averaged
     over splits of 5000 (Salimans et al., 2016)."""
-    parts = torch.from_numpy(probabilities).double().clamp_min(1e-38).split(split)
+    parts = torch.from_numpy(probabilities).double().clamp_min(1e-38).split(5000)
     return float(np.mean([(p * (p / p.mean(0)).log()).sum(1).mean().exp() for p in parts]))
 
 def precision_recall(reference, samples, device, k=3):
@@ -396,7 +392,7 @@ def described(parts, network):
                     "saturation": np.mean(saturation)}
 
 def statistics(path, network, batch, size):
-    """The same of an .npz or a folder. A reference batch has its mu and sigma."""
+    """What `described` says, of an .npz or a folder. A reference batch has its mu and sigma."""
     if not path.endswith(".npz"):
         require(size, f"{path}: compared at which --image-size?")
         known = described((some for _, some in batches(open_images(path, size), batch)), network)
@@ -404,11 +400,10 @@ def statistics(path, network, batch, size):
             known["probabilities"] = np.random.default_rng(0).permutation(known["probabilities"])
         return known
     with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3), or mu and sigma"), np.load(path) as file:
-        names = {"mu", "sigma", "features", "probabilities", "saturation"}
-        given = {name: file[name] for name in names & set(file)}
-        if "arr_0" not in file:
+        given = dict(file)
+        if "arr_0" not in given:
             return given | {"mu": file["mu"], "sigma": file["sigma"]}  # a KeyError if they are missing
-        images = file["arr_0"]
+        images = given.pop("arr_0")
         require(images.dtype == np.uint8 and images.shape[3:] == (3,), f"it is {images.dtype} {images.shape}")
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
@@ -425,8 +420,7 @@ def made(sampler, args):
     return (images for _, images in draw_all(sampler, args, labels))
 
 def evaluate(sampler, args):
-    """Table 3: FID, Inception Score, precision and recall as the guided-diffusion evaluator defines them, and
-    the mean saturation of HSV (footnote 2)."""
+    """Table 3: FID, IS, precision, recall as guided-diffusion's evaluator; saturation (footnote 2)."""
     device, reference, row = setup(args.device)[0], {}, {}
     network = load_network(args.features, device)
     size = args.image_size or (sampler.out_size if sampler else 0)
@@ -437,7 +431,6 @@ def evaluate(sampler, args):
     else:
         found = statistics(args.source, network, args.batch, size)
     with explained("--reference: expected statistics of the same --features"):
-        say(f"{args.source}: {len(found['mu'])} features")
         if reference:
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])
         if "probabilities" in found:
@@ -447,7 +440,7 @@ def evaluate(sampler, args):
             row["precision"], row["recall"] = precision_recall(*sets, device)
         row["saturation"] = float(found.get("saturation", math.nan))
     print("  ".join(f"{name:>12}" for name in row))
-    print("  ".join(f"{value:12.4f}" for value in row.values()), flush=True)
+    print("  ".join(f"{value:12.4f}" for value in row.values()))
     if args.export:
         daes.write(args.export, lambda file: np.savez(file, **found))
         say(f"{args.export}: statistics of {args.source}")
@@ -528,8 +521,7 @@ def at_least(low, kind=int, several=False):
         return values if several else values[0]
     return number
 
-positive, whole, amount = at_least(1), at_least(0), at_least(0, float)
-counts, weights = at_least(1, several=True), at_least(-math.inf, float, several=True)
+positive, amount, weights = at_least(1), at_least(0, float), at_least(-math.inf, float, several=True)
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, help
     "images": (list, None, "images, folders"),
     "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
@@ -540,7 +532,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--n": (positive, None, "how many images (for torchrun: --samples)"),
     "--out": (str, None, "the picture, .png, .jpg or .webp"),
     "--npz": (str, None, "arr_0 uint8 (N, H, W, 3), shuffled; arr_1 labels"),
-    "--groups": (counts, None, "also with only the first k latent groups: one or more k"),
+    "--groups": (at_least(1, several=True), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "images per axis, ends included"),
     "--width": (positive, 2, "in images"),
     "--data": (str, None, "folder of images, LSUN LMDB, or toy (what it was trained on)"),
@@ -551,7 +543,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--export": (str, None, ".npz of the statistics, a --reference"),
     "--neighbors": (positive, 6, "per sample"), "--seconds": (amount, 5.0, "to time each stage for"),
     "--train": (positive, None, "also time a training step of so many images"),
-    "--batch": (positive, 16, "images at a time"), "--seed": (whole, 0, "of the noise"),
+    "--batch": (positive, 16, "images at a time"), "--seed": (at_least(0), 0, "of the noise"),
     "--device": (str, "auto", "cuda, mps, cpu, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 if the device has it"),
     "--compile": (bool, False, "torch.compile: takes minutes"),
@@ -582,15 +574,14 @@ def main(argv=None):
                          "toy; bench: also a preset")
         for name, _, special in (word.partition("=") for word in f"{options} {COMMON}".split()):
             kind, default, text = OPTIONS[name]
-            more = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}.get(
+            more = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(
                 kind, {"choices" if isinstance(kind, tuple) else "type": kind})
             default = special or default
             text = f"{text} ({default})" if default else text
             alias = ["--samples"] if name == "--n" else []  # torchrun has a --n of its own
             own.add_argument(name, *alias, default=default, help=text, **more)
     args = parser.parse_args(argv)
-    require(args.command == "generate" or world()[1] == 1,
-            f"{args.command} runs in one process, without torchrun")
+    require(args.command == "generate" or world()[1] == 1, f"{args.command} runs in one process: no torchrun")
     sampler = state = None
     if args.command == "bench" and args.source in lvae.PRESETS:  # with random weights
         config = lvae.PRESETS[args.source]
@@ -601,6 +592,8 @@ def main(argv=None):
     if not images or args.command != "evaluate":
         sampler = Sampler(args.source, args.device, args.precision, args.dae,
                           getattr(args, "upsampler", None), state, args.compile)
+    require(not sampler or not sampler.config.upsample or args.command in ("reconstruct", "rates", "bench"),
+            f"{args.source} is an upsampler, which draws nothing alone: pass it as --upsampler")
     args.function(sampler, args)
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import atexit
 import copy
 import ctypes
+import glob
 import itertools
 import json
 import os
@@ -32,7 +33,7 @@ from io import BytesIO
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import dae as daes
@@ -43,7 +44,7 @@ from lvae import knob
 @dataclass(frozen=True)
 class Run:
     """What a run reads and writes. Also options: lvae.Config's fields and, as --dae-.., dae.Config's."""
-    dataset: str = knob("toy", "the preset, a column of Table 5")
+    dataset: str = knob("toy", "preset, a column of Table 5")
     data: str = knob("", "folder of images (sub-folders are classes), LSUN LMDB folder, or .npz of latents")
     init: str = knob("", "checkpoint, or pipeline of the paper, whose model and autoencoder to begin with")
     dae: str = knob("", "first stage: FILE, kl-f8, .. (downloaded), train, none (pixels); else the preset's")
@@ -271,7 +272,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
 
     def batch(number):
-        """Part `mine` of a batch, with --flip half of it mirrored."""
+        """Part `mine` of a batch, with --flip half of it mirrored; for a bad image the next good one."""
         mirror = np.random.default_rng((run.seed, number)).random(config.batch)[mine] < run.flip / 2
         indices = batch_indices(run.seed, len(rows), config.batch, number)[mine]
         good = [images.first_good(rows, index) for index in indices]
@@ -325,7 +326,8 @@ def read_latents(path, holdout):
 def encode_all(run, ae, size, images, rows, device, dtype):
     """Encode all images, once -> Data. The latents, NaN for bad images, stay in OUT."""
     sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
-    times = [os.path.getmtime(name) for name in images.names if os.path.isfile(name)]
+    times = [os.path.getmtime(name) for name in [*images.names, f"{run.data}/data.mdb"]
+             if os.path.isfile(name)]
     key = zlib.crc32(repr((images.names, times, size, run.flip, sums)).encode())
     path, side = f"{run.out}/latents_{key}.npy", size // ae.config.f
     shape = len(images.names), 1 + run.flip, ae.config.z_channels, side, side  # (N, views, C, h, w)
@@ -337,6 +339,8 @@ def encode_all(run, ae, size, images, rows, device, dtype):
         decoded = read_ahead(lambda some: [images.read(i) for i in some], parts)
         blank = np.zeros((size, size, 3), np.uint8)
         for part in tqdm(decoded, "encoding", len(parts)):
+            if asked:
+                raise KeyboardInterrupt
             x = to_tensor([blank if image is None else image for image in part]).to(device)
             with lvae.autocast(device, dtype):
                 h = torch.stack([ae.encode(view) for view in [x, x.flip(3)][:shape[1]]], dim=1)
@@ -344,8 +348,12 @@ def encode_all(run, ae, size, images, rows, device, dtype):
             h[[image is None or not np.isfinite(row).all() for row, image in zip(h, part)]] = np.nan
             file.write(h.astype(np.float16).tobytes())
     if world()[0] == 0 and not os.path.exists(path):
-        daes.write(path, save)
-    asked_to_stop()  # all processes wait here
+        for old in glob.glob(f"{glob.escape(run.out)}/latents_*.npy"):
+            os.remove(old)
+        with suppress(KeyboardInterrupt):
+            daes.write(path, save)
+    if asked_to_stop():  # all processes wait here
+        sys.exit()
     h = np.load(path, mmap_mode="r")
     good = ~np.isnan(h[:, 0, 0, 0, 0])
     say(f"images: {(~good).sum()} of {len(good)} are bad and left out")
@@ -369,6 +377,7 @@ def batch_indices(seed, count, batch, number):
     return np.array([epoch_order(seed, place // count, count)[place % count] for place in places])
 
 FORMATS = "JPEG MPO PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF".split()  # they start no program
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes: no picture is lost for its text
 
 class Images:
     """Names, open(i), which raises on a bad one, labels, classes."""
@@ -436,7 +445,7 @@ def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name."""
     strange = sorted(set(images.classes) - set(classes))
     require(images.classes and not strange,
-            f"{what}: sub-folders {strange[:1] or 'fewer than two'}, expected {classes[:5]} ..")
+            f"{what}: sub-folders are {strange[:1] or 'fewer than two'}, expected {classes[:5]} ..")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
@@ -451,7 +460,8 @@ def read_image(source, size):
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, np.float64)
             require(0 <= values.min() <= values.max() <= 65535, "its numbers are not those of a picture")
-            tops = [65535] if "16" in image.mode else [1, 255, 65535]
+            whole = image.mode != "F" and (image.format != "TIFF" or "16" in image.mode)
+            tops = [65535] if whole else [1, 255, 65535]
             top = min(top for top in tops if values.max() <= top)
             image = Image.fromarray((values / top * 255).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -539,7 +549,7 @@ def begun(path, read, wanted):
     run = state.get("run", {}) if isinstance(state, dict) else {}
     if not state or run and state.get("step") == 0:  # all may change yet, as memory may run out
         return {}
-    known = run | (asdict(state["config"]) if "config" in state else {})
+    known = run | (asdict(state["config"]) if read is load_checkpoint else {})
     free = "out device precision compile log_every every dae_preset steps recompute".split()
     for name, value in wanted.items():
         was, measured = known.get(name), (name, value) == ("scale", 0)
@@ -575,7 +585,7 @@ def setup(name="auto", precision="auto"):
         torch.cuda.set_device(device)
     with suppress(Exception):  # glibc is to keep freed memory: clearing it anew is a fifth of decoding
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: all is of the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too are of the heap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, bytes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type != "xla" and not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(days=2))  # NCCL for CUDA, gloo for CPUs
@@ -592,7 +602,7 @@ def world():
         import torch_xla.runtime as xr
         return xr.global_ordinal(), xr.world_size()
     count = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    return int(os.environ["RANK"]) if count > 1 else 0, count
+    return int(os.environ.get("RANK", 0)) if count > 1 else 0, count
 
 def my_part(batch):
     """The slice of a batch that this process takes."""
