@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-# ---------------------------------------------------------------- configuration
+# ---------------- configuration
 def knob(default, help):
     """A field of a config and its explanation, here and in `train.py --help`."""
     return field(default=default, metadata={"help": help})
@@ -60,12 +60,11 @@ class Config:
 
     def __post_init__(self):
         numbers = [*self.mult, *(value for value in vars(self).values() if not isinstance(value, tuple))]
-        if not (all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers)
+        require(all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers)
                 and min(self.z_channels, self.blocks, self.batch, self.lr) > 0 and self.blocks <= 16
                 and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
-                and all(c > 0 and c % 32 == 0 for c in self.widths)):
-            raise ValueError("autoencoder: expected sizes > 0, other numbers >= 0, widths 32 n, 1-12 levels, "
-                             "attention in them, 1-16 blocks")
+                and all(c > 0 and c % 32 == 0 for c in self.widths),
+                "autoencoder: expected sizes > 0, widths 32 n, 1-12 levels, attention in them, 1-16 blocks")
 
     @property
     def widths(self):
@@ -90,7 +89,7 @@ PRESETS = {
                        edge_weight=0.5, adversarial_weight=0.0),
 }
 
-# ---------------------------------------------------------------- layers
+# ---------------- layers
 def norm(c):
     return nn.GroupNorm(32, c, eps=1e-6)
 
@@ -145,7 +144,7 @@ class Level(nn.Module):
             x = attention(block(x))               # (B, c, H, W)
         return self.upsample(self.downsample(x))  # (B, c, H/2, W/2), or (B, c, 2H, 2W)
 
-# ---------------------------------------------------------------- the autoencoder
+# ---------------- the autoencoder
 def encoder(config, c_out):
     """x (B, 3, H, W) -> features (B, c_out, H/f, W/f)."""
     widths, last = [config.width, *config.widths], len(config.mult) - 1
@@ -189,8 +188,8 @@ class Autoencoder(nn.Module):
 
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled. Raises ValueError."""
-        sides, f = tuple(x.shape[2:]), self.config.f
-        require(not any(side % f for side in sides), f"images of {sides}: expected multiples of {f}")
+        f, (H, W) = self.config.f, x.shape[2:]
+        require(H % f == W % f == 0, f"images of {H}x{W}: expected multiples of {f}")
         return self.quant_conv(self.encoder(x)).float()[:, :self.config.z_channels]  # of 2C, or C for VQ
 
     def decode(self, h):
@@ -211,7 +210,7 @@ class Identity(nn.Module):
     def decode(self, h):
         return h / 127.5 - 1
 
-# ---------------------------------------------------------------- training (Section 3.1)
+# ---------------- training (Section 3.1)
 class Discriminator(nn.Sequential):
     """PatchGAN (Isola et al., 2017): x (B, 3, H, W) -> logits of overlapping patches."""
     def __init__(self, width=64):
@@ -225,9 +224,8 @@ class Discriminator(nn.Sequential):
                 nn.init.normal_(layer.weight, 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0, 0.02)
 
 def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=None):
-    """Losses of a KL autoencoder ("dae") and its adversary ("discriminator", if any), per image, and their
-    terms, by name. x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f); perceptual: LPIPS; average(tensors)
-    puts the mean over all processes into them."""
+    """Losses of a KL autoencoder ("dae") and its adversary ("discriminator", if any), and their terms, by
+    name. x (B, 3, H, W) in [-1, 1]; noise (B, C, H/f, W/f); average(tensors): their mean over processes."""
     config = ae.config
     mean, logvar = ae.moments(x)                          # (B, C, H/f, W/f)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)  # (B, 3, H, W)
@@ -260,8 +258,7 @@ def make_optimizers(parts, config):
             for name, part in parts.items()}
 
 def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None, context=nullcontext()):
-    """One update of the parts of make_optimizers, in a context (autocast) -> named statistics. A step whose
-    gradient is not finite leaves everything as it was."""
+    """One update, in a context (autocast) -> named statistics. None if a gradient is not finite."""
     config = parts["dae"].config
     adversary = parts.get("discriminator") if step >= config.adversarial_start else None
     with context:
@@ -282,7 +279,7 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
             optimizers[name].step()
     return {"loss": losses["dae"].detach(), **terms, "grad_norm": norm, "skipped": skipped, "lr": lr}
 
-# ---------------------------------------------------------------- files: reading runs nothing in them
+# ---------------- files: reading runs nothing in them
 def printable(text):
     """Text that a file may have a part in, its control characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -297,8 +294,7 @@ def explained(problem):
     try:
         yield
     except Exception as e:  # of a broken file, a library, a device, the network; torch's words are many
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
-            e = e.__context__  # of torch's writer: a full disk
+        e = e.__context__ if type(e) is RuntimeError and e.__context__ else e  # torch's writer: a full disk
         cause = printable(re.split(r"\b\. ", str(e).replace("\n\t", " "))[0][:300]) or type(e).__name__
         raise ValueError(f"{problem} ({cause})") from None
 
@@ -409,7 +405,7 @@ def read(path):
         require(size <= 2 * os.path.getsize(path), "it holds more than its size")  # tied weights count twice
         return content
 
-# ---------------------------------------------------------------- the autoencoder in a file
+# ---------------- the autoencoder in a file
 # Fragments of names in latent diffusion's files, which are ours, and in diffusers', replaced in this order.
 DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_block.resnets.1."),
              ("mid.attn_1.", "mid_block.attentions.0."), (".down.", ".down_blocks."), (".up.", ".up_blocks."),
@@ -435,11 +431,10 @@ def translate(state, to_diffusers):
 
 def find(content, source):
     """What `read` returned -> the autoencoder's tensors in our names, what they are. Raises ValueError."""
-    parts = [content, *content.values()] if isinstance(content, dict) else []
+    parts = [content, *content.values()] if isinstance(content, dict) else [()]
     found = [(name.removesuffix(FIRST), part) for part in parts if isinstance(part, dict) for name in part
              if type(name) is str and f".{name}".endswith(f".{FIRST}")]
-    names = str([*content] if parts else content)[:200]
-    require(found, f"{source}: no autoencoder: expected {FIRST}, found {names}")
+    require(found, f"{source}: no autoencoder: expected {FIRST}, found {str([*parts[0]])[:200]}")
     prefix, tensors = min(found, key=lambda some: (not some[0].endswith("first_stage_model."), len(some[0])))
     state = {name.removeprefix(prefix): value for name, value in tensors.items()
              if torch.is_tensor(value) and value.is_floating_point() and type(name) is str
@@ -504,7 +499,7 @@ def load(path):
     require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
     return ae
 
-# ---------------------------------------------------------------- writing files, and the command line
+# ---------------- writing files, and the command line
 def write(path, save):
     """Write a file whole or not at all: `save(file)` fills a temporary one, which then takes the name."""
     temporary = f"{path}.tmp"

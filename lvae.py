@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------- configuration
+# ---------------- configuration
 def knob(default, help, low=0):
     """A field of a config, its explanation (of `train.py --help`, too) and its smallest value."""
     return field(default=default, metadata={"help": help, "low": low})
@@ -170,7 +170,7 @@ def denormalise(x, config):
     """The inverse of `normalise`."""
     return x * config.scale + config.shift
 
-# ---------------------------------------------------------------- Gaussians (always fp32)
+# ---------------- Gaussians (always fp32)
 def autocast(device, dtype):
     """Convs and linear layers in bf16 if that is `dtype`; Gaussians and losses stay fp32."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # meta has none
@@ -198,7 +198,7 @@ def guide(conditional, unconditional, mean_weight, variance_weight):
     var = conditional.var * (conditional.var / unconditional.var) ** variance_weight
     return Gaussian(mean, var)
 
-# ---------------------------------------------------------------- layers
+# ---------------- layers
 def conv(c_in, c_out, kernel=1, scale=1.0, bias=True):
     """A conv that keeps its input's size."""
     return scaled_(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=bias), scale)
@@ -300,7 +300,7 @@ def run_block(config, block, *inputs):
     keep = not (config.recompute and block.training)
     return block(*inputs) if keep else checkpoint(block, *inputs, use_reentrant=False)
 
-# ---------------------------------------------------------------- the two paths
+# ---------------- the two paths
 class Encoder(nn.Module):
     """Bottom-up: data (B, C, H, W) -> the features of every level, finest first."""
     def __init__(self, config, label_dim):
@@ -371,7 +371,7 @@ class TopDownBlock(nn.Module):
         x = h + self.zproj(zs) + x  # h first: the sum keeps channels-last
         return self.shared_block(x, label), Latent(prior, posterior, z)
 
-# ---------------------------------------------------------------- the model
+# ---------------- the model
 # p(x|z): mean, logvar (B, C, H, W); KL per group (L, B), nats; penalty, unweighted; L Latents.
 Output = namedtuple("Output", "mean logvar kl spectral latents")
 
@@ -497,7 +497,7 @@ class LVAE(nn.Module):
         label = label.to(device, torch.long).expand(n)
         return self.embedding(label if drop is None else torch.where(drop, classes, label))
 
-# ---------------------------------------------------------------- objective
+# ---------------- objective
 def kl_shares(config):
     """Target share of the total rate of every group (L,), percent. They sum to 66.7: the band of weight 1
     runs from 1x to 2x a share, so its middles sum to 100."""
@@ -541,7 +541,7 @@ def bits_per_dim(nats, config):
     """Nats per sample -> bits per data dimension."""
     return nats / (math.log(2) * config.data_channels * config.resolution ** 2)
 
-# ---------------------------------------------------------------- the update
+# ---------------- the update
 def place(module, device, dtype=torch.float32):
     """Move a module to a device, channels-last. dtype: of convs and linear layers; bf16 to infer only."""
     for layer in module.modules():
@@ -590,7 +590,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     stats = Loss(*(torch.stack(values).mean(0) for values in zip(*parts)))
     return stats._asdict() | {"grad_norm": norm, "skipped": not good, "lr": rate}
 
-# ---------------------------------------------------------------- the authors' weights
+# ---------------- the authors' weights
 _RELEASED = [("encoder.encoder_levels", "encoder.levels"), (".layer_list.", "."), ("layer_list.", "levels."),
              ("dense2.conv.", "dense2."), ("conv2.conv.", "conv2."), ("qkvproj", "qkv"), ("qproj", "qkv"),
              ("conv_layer", "conv"), ("initial_x", "initial"), ("embed.", "embedding."),

@@ -29,7 +29,7 @@ from dae import cli, explained, require
 from train import (Images, asked_to_stop, autoencoder_of, list_images, load_checkpoint, open_images,
                    read_image, relabel, save_picture, say, setup, to_tensor, to_uint8, world)
 
-# ---------------------------------------------------------------- the model
+# ---------------- the model
 class Sampler:
     """A checkpoint's EMA weights and autoencoder on a device: noise or images in, uint8 images out. A label
     is a class's number, (B,) of them, or None; a model without classes ignores it."""
@@ -127,7 +127,7 @@ class Sampler:
             labels += found
         return labels
 
-# ---------------------------------------------------------------- what commands share
+# ---------------- what commands share
 def guidance(sampler, args):
     """Options -> arguments of `generate`; for ImageNet by default the paper's."""
     means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
@@ -198,7 +198,7 @@ def save_grid(path, what, rows, **names):
     save_picture(path, [[image.repeat(scale, 0).repeat(scale, 1) for image in row] for row in rows], **names)
     say(f"{path}: {what}")
 
-# ---------------------------------------------------------------- generate
+# ---------------- generate
 def generate(sampler, args):
     """Samples: a grid to look at, with --npz an array for metrics, or both."""
     classes, size, out = sampler.labels(args.label), sampler.out_size, args.out or "samples.png"
@@ -246,7 +246,7 @@ def shared_array(path, shape):
         if world()[0] == 0 and os.path.exists(path):
             os.remove(path)
 
-# ---------------------------------------------------------------- manipulation (Section 5)
+# ---------------- manipulation (Section 5)
 def reconstruct(sampler, args):
     """Images, what the autoencoder and the LVAE make of them, and what its first k groups say."""
     total = sum(sampler.config.groups)
@@ -309,7 +309,7 @@ def outpaint(sampler, args):
     wide = sampler.images(noise, label, n=len(x), size=size)  # (B, H, W, 3)
     save_grid(args.out, f"{len(wide)} images", list(zip(images, wide)), column_names=["image", "outpainted"])
 
-# ---------------------------------------------------------------- the rate of every group
+# ---------------- the rate of every group
 def rates(sampler, args):
     """KL of every latent group and level, its target (where its weight is 1), active channels (mean KL above
     0.01 nats); distortion, negative ELBO."""
@@ -332,7 +332,7 @@ def rates(sampler, args):
     print(f"rate {rate:.2f} + distortion {distortion:.2f} = negative ELBO {total:.2f} nats per image, "
           f"{lvae.bits_per_dim(total, config):.4f} bits per dimension; {count} images")
 
-# ---------------------------------------------------------------- metrics
+# ---------------- metrics
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 def load_network(path, device):
@@ -468,7 +468,7 @@ def neighbors(sampler, args):
     for number, (row, values) in enumerate(zip(rows, nearest.values)):
         say(f"  {number}: " + ", ".join(f"{images.names[i]} ({d:.2f})" for i, d in zip(row, values)))
 
-# ---------------------------------------------------------------- speed (Table 4)
+# ---------------- speed (Table 4)
 def bench(sampler, args):
     """Table 4: seconds per 1000 images, FLOP, and the share of the device's fastest matrix product."""
     config, device, n, most = sampler.config, sampler.device, args.batch, max(args.batch, args.train or 0)
@@ -511,7 +511,7 @@ def timed(function, budget):
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=budget).times
 
-# ---------------------------------------------------------------- command line
+# ---------------- command line
 def at_least(low, kind=int, several=False):
     """argparse type: a number from `low` up, or A,B,.. -> a list of them."""
     def number(text):

@@ -191,14 +191,14 @@ def test_names_and_numbers_of_the_readme():
 
 def test_budgets():
     """A change pays for what it adds: lines, bytes, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 609, "dae": 595, "train": 816, "sample": 600, "test_lvae": 768}, 0
+    budgets, raises = {"lvae": 609, "dae": 590, "train": 816, "sample": 600, "test_lvae": 768}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name
         for node in ast.walk(ast.parse(text)):
             raises += isinstance(node, ast.Raise) and name != "test_lvae"
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 50, node.name
-    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 199_200
+    assert raises <= 45 and sum((HERE / f"{name}.py").stat().st_size for name in budgets) <= 197_400
 
 def test_copied_alone():
     for module in ("lvae", "dae"):

@@ -61,7 +61,7 @@ class Run:
     log_every: int = knob(20, "steps between lines of log.jsonl")
     every: int = knob(500, "steps between checkpoints, evaluations and sample grids")
 
-# ---------------------------------------------------------------- the loop of both stages
+# ---------------- the loop of both stages
 def loop(run, stage, steps, path, facts, parts, update, look):
     """Train a stage with update(step) -> statistics; `path` keeps facts and parts."""
     done, in_a_row = facts["step"], 0
@@ -99,7 +99,7 @@ def log(run, stage, step, stats):
         with open(f"{run.out}/log.jsonl", "a") as file:
             file.write(line + "\n")
 
-# ---------------------------------------------------------------- what happens in which order
+# ---------------- what happens in which order
 def train_both(index, run, model_options, dae_options):
     """One process (XLA's `index`) of a run: first stage, latents, second stage."""
     with suppress(ValueError):  # only the main thread may
@@ -178,7 +178,7 @@ def fitted(run, start, options, shape, classes):
             f"data of {classes} classes does not fit num_classes {config.num_classes}")
     return config
 
-# ---------------------------------------------------------------- stage two: the hierarchical VAE
+# ---------------- stage two: the hierarchical VAE
 def train_lvae(run, config, ae, data, start, device, dtype):
     """Train the LVAE. ae: the autoencoder, or None for latents of another."""
     seed_step(run.seed, 0)
@@ -248,7 +248,7 @@ def save_pictures(run, model, ae, data, step, device):
     images = [to_uint8(ae.decode(part)) for part in parts]
     save_picture(f"{run.out}/samples/{step:07d}.png", images, ["encoded", "LVAE", *names])
 
-# ---------------------------------------------------------------- stage one: the autoencoder
+# ---------------- stage one: the autoencoder
 def train_dae(run, config, size, images, rows, wanted, device, dtype):
     """Train an autoencoder on rows of images (Section 3.1); resumes from OUT/dae.pt."""
     require(not config.codebook, "--dae train trains KL autoencoders: --dae-codebook 0")
@@ -302,7 +302,7 @@ def read_ahead(read, items):
             yield waiting.pop(0).result()
             waiting += itertools.islice(begun, 1)
 
-# ---------------------------------------------------------------- images and their latents
+# ---------------- images and their latents
 # Raw latents (N, views, C, h, w); labels (N,) or None; rows to train on and held out; the classes' names.
 Data = namedtuple("Data", "h labels train held classes")
 
@@ -477,7 +477,7 @@ def to_uint8(x):
     """float (B, 3, H, W) in [-1, 1] -> array of uint8, (B, H, W, 3)."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-# ---------------------------------------------------------------- files
+# ---------------- files
 def save_picture(path, rows, row_names=(), column_names=()):
     """Save rows of uint8 images (H, W, 3) as one, in the format that its name says, else PNG."""
     names = [[printable(name) for name in some or ()] for some in (row_names, column_names)]
@@ -570,7 +570,7 @@ def claim(out):
         log.truncate(log.read().rfind(b"\n") + 1)  # a kill may have torn its last line
     return log
 
-# ---------------------------------------------------------------- devices and processes
+# ---------------- devices and processes
 def setup(name="auto", precision="auto"):
     """--device and --precision -> device and dtype of convs; joins torchrun's other processes."""
     if name == "auto":
@@ -643,7 +643,7 @@ def asked_to_stop():
         average([flag])
     return bool(flag > 0)
 
-# ---------------------------------------------------------------- command line
+# ---------------- command line
 def values(text):
     """argparse type: A,B,.. -> a tuple of ints, floats or words."""
     return tuple(int(word) if word.isdecimal() else word if word.isidentifier() else float(word)
@@ -691,7 +691,7 @@ def main(argv=None):
         import torch_xla
     torch_xla.launch(train_both, args=arguments)
 
-# ---------------------------------------------------------------- the toy scenes: a data set drawn by code
+# ---------------- the toy scenes: a data set drawn by code
 BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.2, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.5,
            "pyramid": 1.6, "mosque": 1.28}  # widths of landmarks, as multiples of their heights
 WALLS = "eee2c8 d6a076 c06856 e2be7c cec6cc a2b4be f0eeea".split()
