@@ -258,7 +258,7 @@ def make_optimizers(parts, config):
             for name, part in parts.items()}
 
 def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None, context=nullcontext()):
-    """One update, in a context (autocast) -> named statistics. None if a gradient is not finite."""
+    """One update, in a context (autocast) -> statistics. No change if a gradient is not finite."""
     config = parts["dae"].config
     adversary = parts.get("discriminator") if step >= config.adversarial_start else None
     with context:
