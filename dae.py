@@ -60,11 +60,11 @@ class Config:
 
     def __post_init__(self):
         numbers = [*self.mult, *(value for value in vars(self).values() if not isinstance(value, tuple))]
-        require(all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers)
+        if not (all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers)
                 and min(self.z_channels, self.blocks, self.batch, self.lr) > 0 and self.blocks <= 16
                 and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
-                and all(c > 0 and c % 32 == 0 for c in self.widths),
-                "autoencoder: expected sizes > 0, widths 32 n, 1-12 levels, attention in them, 1-16 blocks")
+                and all(c > 0 and c % 32 == 0 for c in self.widths)):
+            raise ValueError("autoencoder: sizes > 0, widths 32 n, 1-12 levels, attention in them, 1-16 blocks")
 
     @property
     def widths(self):
