@@ -64,7 +64,7 @@ class Config:
                 and min(self.z_channels, self.blocks, self.batch, self.lr) > 0 and self.blocks <= 16
                 and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
                 and all(c > 0 and c % 32 == 0 for c in self.widths)):
-            raise ValueError("autoencoder: sizes > 0, widths 32 n, 1-12 levels, attention in them, 1-16 blocks")
+            raise ValueError("expected sizes > 0, widths 32 n, 1-12 levels, attention in them, 1-16 blocks")
 
     @property
     def widths(self):
