@@ -22,7 +22,7 @@ and labels (N,), 0 to 7 (for others: `adapted`), after importing copy, torch, lv
     h = lvae.denormalise(x, config)                             # for the autoencoder's decoder
 
 Shapes: B batch, C data channels, c channels of a level (one resolution), z latent channels, L latent groups.
-Orders: a Config's lists and `encoder.levels` are finest first, as in Table 5; all else is coarsest first.
+Orders: a Config's tuples and `encoder.levels` are finest first, as in Table 5; all else is coarsest first.
 """
 import math
 from collections import namedtuple
@@ -82,8 +82,6 @@ class Config:
                 value, sides = getattr(self, name), resolutions(self)
                 raise ValueError(f"config: {name} {value} ({known[name]['help']}; levels {sides})")
         known = {f.name: f.metadata for f in fields(self)}
-        for name in (*PER_LEVEL, "kl_schedule"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists will do
         for name, value in vars(self).items():
             values = value if isinstance(value, tuple) else [value]
             need(name, all(isinstance(v, str) or known[name]["low"] <= v < math.inf for v in values))
@@ -93,7 +91,7 @@ class Config:
         need("attention", self.attention in ("sdpa", "released"))
         levels, (kind, *weights) = len(resolutions(self)), self.kl_schedule or [""]
         for name in PER_LEVEL:
-            need(name, [type(value) for value in getattr(self, name)] == [int] * levels)
+            need(name, list(map(type, getattr(self, name))) == [int] * levels)
         for m, a, h in zip(self.mult, self.attention_layers, self.heads):
             need("heads", not a or h and self.width * m % h == self.encoder_width * m % h == 0)
         need("kl_schedule", len(weights) == {"none": 0, "shifted_exp": 2, "constant_per": levels}.get(kind)
@@ -262,13 +260,12 @@ class Attention(nn.Module):
         self.out = scaled_(nn.Linear(c, c), 0.0)
 
     def forward(self, x):
-        tokens = x.flatten(2).transpose(1, 2)                  # (B, H*W, c)
-        mixed, k, v = self.qkv(tokens).chunk(3, dim=-1)        # (B, H*W, c) each; the first are the queries
+        mixed, k, v = self.qkv(x.flatten(2).mT).chunk(3, 2)    # (B, H*W, c) each; the first are the queries
         if self.mode != "released":
             q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (mixed, k, v))
             mixed = F.scaled_dot_product_attention(q, k, v)    # (B, heads, H*W, c/heads)
             mixed = mixed.transpose(1, 2).flatten(2)           # (B, H*W, c)
-        return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.out(mixed).mT.unflatten(2, x.shape[2:])
 
 class Resample(nn.Module):
     """Average pooling, or nearest-neighbour up to a size, and a 1x1 conv if channels change."""
@@ -354,20 +351,20 @@ class TopDownBlock(nn.Module):
         else:
             zeros = x.new_zeros(len(x), self.z_dim, *x.shape[2:], dtype=torch.float32)
             prior = Gaussian(zeros, zeros + 1)
-        if guidance is not None:
+        if guidance:
             c, u = (Gaussian(*stream) for stream in zip(prior.mean.chunk(2), prior.var.chunk(2)))
             prior = guide(c, u, *guidance)                     # (B, z, H, W)
         source, posterior = prior, None
-        if evidence is not None:
+        if evidence:
             features, true_label = evidence
-            acts = self.actsproj(torch.cat([x.to(features.dtype), features], dim=1))    # (B, c, H, W)
+            acts = self.actsproj(torch.cat([x.to(features.dtype), features], dim=1))  # (B, c, H, W)
             source = posterior = gaussian(self.posterior_block(acts, true_label))
         if eps is None:
             eps = torch.randn_like(source.mean)
         elif callable(eps):
             eps = eps(source)
-        z = source.mean + temperature * source.var.sqrt() * eps   # (B, z, H, W)
-        zs = z if guidance is None else torch.cat([z, z])
+        z = source.mean + temperature * source.var.sqrt() * eps  # (B, z, H, W)
+        zs = torch.cat([z, z]) if guidance else z
         x = h + self.zproj(zs) + x  # h first: the sum keeps channels-last
         return self.shared_block(x, label), Latent(prior, posterior, z)
 
@@ -414,7 +411,7 @@ class LVAE(nn.Module):
         evidence = [(features, true_label) for features in reversed(self.encoder(x, true_label))]
         label = self._embed(label, n, drop_label)
         mean, logvar, latents = self._top_down(n, label, noise, low_res, evidence)
-        kl = torch.stack([gaussian_kl(l.posterior, l.prior).sum((1, 2, 3)) for l in latents])   # (L, B)
+        kl = torch.stack([gaussian_kl(l.posterior, l.prior).sum((1, 2, 3)) for l in latents])  # (L, B)
         convs = [m for m in self.levels.modules() if isinstance(m, SpectralConv2d) and m.penalty]
         spectral = sum(conv.penalty * conv.sigma() for conv in convs)
         return Output(mean, logvar, kl, spectral, latents)
@@ -423,7 +420,7 @@ class LVAE(nn.Module):
     def encode(self, x, label=None, noise=None, low_res=None):
         """Posterior samples of x, whitened under the prior: L eps (B, z, h, w), of which `generate` makes x
         again, given the same label. noise: the posterior's; None draws it, zeros give its means."""
-        out = self.forward(x, label, noise, low_res, torch.zeros(len(x), dtype=torch.bool, device=x.device))
+        out = self.forward(x, label, noise, low_res, x.new_zeros(len(x), dtype=torch.bool))
         return [whiten(latent.z, latent.prior) for latent in out.latents]
 
     @torch.no_grad()
@@ -446,7 +443,7 @@ class LVAE(nn.Module):
         if guidance and not (possible and all(len(w) == levels for w in weights)):
             raise ValueError("guidance needs classes, a hierarchical prior, a label; weights: 1 or per level")
         label = self._embed(label, n)
-        if guidance is not None:
+        if guidance:
             label = torch.cat([label, self.embedding.weight[-1:].expand(n, -1)])
         return self._top_down(n, label, noise, low_res, None, guidance, temperature, size)[0]
 
@@ -468,7 +465,7 @@ class LVAE(nn.Module):
         if config.upsample and getattr(low_res, "shape", None) != expected:
             raise ValueError(f"low_res: expected {expected}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
-        if guidance is not None:
+        if guidance:
             x = torch.cat([x, x])  # with and without the label
         latents, nothing = [], [None] * len(self.levels)
         for layers, seen, weights in zip(self.levels, evidence or nothing, guidance or nothing):
@@ -481,7 +478,7 @@ class LVAE(nn.Module):
                     x = layer(x, shapes[len(latents)][2:])     # the size of the next group
                 else:
                     x = layer(x)                               # (B, c, h, w)
-        mean, logvar = self.out_proj(x)[:n].float().chunk(2, dim=1)          # (B, C, H, W)
+        mean, logvar = self.out_proj(x)[:n].float().chunk(2, dim=1)  # (B, C, H, W)
         return mean, logvar, latents
 
     def _embed(self, label, n, drop=None):
@@ -531,7 +528,7 @@ def objective(out, x, config):
     """loss = distortion + weighted rate + spectral term (Section 3, App. B): Output, x (B, C, H, W) -> Loss.
     Distortion + rate: the negative ELBO up to a constant."""
     distortion = distortions(out, x, config).mean()
-    weights = kl_weights(out.kl, kl_shares(config)) if config.kl_schedule != ("none",) else 1.0      # (L, B)
+    weights = kl_weights(out.kl, kl_shares(config)) if config.kl_schedule != ("none",) else 1.0  # (L, B)
     weighted_rate = (weights * out.kl).sum(0).mean()
     spectral = config.spectral_weight * out.spectral
     loss = distortion + weighted_rate + spectral
@@ -567,7 +564,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
             out = model(*batch)
         losses = objective(out, batch[0], config)
         (losses.loss / len(batches)).backward()
-        parts.append([value.detach() for value in losses])
+        parts.append([v.detach() for v in losses])
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if average is not None:
         average(gradients)
