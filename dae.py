@@ -8,6 +8,7 @@
     python dae.py convert IN OUT.safetensors    # for diffusers; OUT.ckpt: for latent diffusion
 
 h is raw, without a factor such as 0.18215: the posterior's mean (KL), or what `decode` quantises (VQ).
+What cannot be used, be it a file, a size or a name, is a ValueError of one line.
 Shapes: B batch, H W image size, C latent channels, f downsampling factor.
 """
 import argparse
@@ -38,7 +39,7 @@ def knob(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    """An autoencoder and its training; lists are finest level first. Raises ValueError."""
+    """An autoencoder and its training."""
     z_channels: int = knob(4, "channels of the latent")
     width: int = knob(128, "channels at multiplier 1, a multiple of 32")
     mult: tuple = knob((1, 2, 4, 4), "channel multiplier per level, finest first; f = 2^(levels - 1)")
@@ -59,8 +60,8 @@ class Config:
     adversarial_start: int = knob(50_001, "step at which the adversarial term starts")
 
     def __post_init__(self):
-        numbers = [*self.mult, *(value for value in vars(self).values() if not isinstance(value, tuple))]
-        if not (all(isinstance(number, (int, float)) and 0 <= number < 1e9 for number in numbers)
+        numbers = [*self.mult, *(v for v in vars(self).values() if not isinstance(v, tuple))]
+        if not (all(isinstance(v, (int, float)) and 0 <= v < 1e9 for v in numbers)
                 and min(self.z_channels, self.blocks, self.batch, self.lr) > 0 and self.blocks <= 16
                 and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
                 and all(c > 0 and c % 32 == 0 for c in self.widths)):
@@ -105,7 +106,7 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out)
         self.norm2, self.conv2 = norm(c_out), conv(c_out, c_out)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        for value in self.conv2.parameters():                  # starts as the shortcut: trains much faster
+        for value in self.conv2.parameters():  # starts as the shortcut: trains much faster
             nn.init.zeros_(value)
 
     def forward(self, x):
@@ -120,9 +121,9 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
-        h = self.norm(x)                                                             # (B, c, H, W)
-        q, k, v = (layer(h).flatten(2).mT for layer in (self.q, self.k, self.v))     # (B, H*W, c)
-        h = F.scaled_dot_product_attention(q, k, v)                                  # scale 1/sqrt(c)
+        h = self.norm(x)                                                          # (B, c, H, W)
+        q, k, v = (layer(h).flatten(2).mT for layer in (self.q, self.k, self.v))  # (B, H*W, c)
+        h = F.scaled_dot_product_attention(q, k, v)                               # scale 1/sqrt(c)
         return x + self.proj_out(h.mT.unflatten(2, x.shape[2:]))
 
 def middle(c, attention):
@@ -187,7 +188,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled. Raises ValueError."""
+        """x (B, 3, H, W) in [-1, 1] -> raw latent h (B, C, H/f, W/f), not sampled."""
         f, (H, W) = self.config.f, x.shape[2:]
         require(H % f == W % f == 0, f"images of {H}x{W}: expected multiples of {f}")
         return self.quant_conv(self.encoder(x)).float()[:, :self.config.z_channels]  # of 2C, or C for VQ
@@ -380,7 +381,7 @@ def unpack(path, folder):
     return path
 
 def read(path):
-    """A file, or what is published so, as plain containers and tensors, views of it. Raises ValueError."""
+    """A file, or what is published so, as plain containers and tensors, views of it."""
     path = local(path)
     with explained(f"{path} cannot be read: missing, truncated or no checkpoint"), \
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
@@ -398,10 +399,10 @@ def read(path):
             else:
                 require(head[8:9] == b"{", f"a web page? It begins with {head!r}")
                 content = load_safetensors(file)
-        tensors = [leaf for leaf in tree_leaves(content) if torch.is_tensor(leaf)]
+        tensors = list(filter(torch.is_tensor, tree_leaves(content)))
         for tensor in tensors:
             vars(tensor).clear()  # attributes that the file gave it
-        size = sum(tensor.nbytes for tensor in tensors)
+        size = sum(t.nbytes for t in tensors)
         require(size <= 2 * os.path.getsize(path), "it holds more than its size")  # tied weights count twice
         return content
 
@@ -430,7 +431,7 @@ def translate(state, to_diffusers):
     return result
 
 def find(content, source):
-    """What `read` returned -> the autoencoder's tensors in our names, what they are. Raises ValueError."""
+    """What `read` returned -> the autoencoder's tensors in our names, what they are."""
     parts = [content, *content.values()] if isinstance(content, dict) else [()]
     found = [(name.removesuffix(FIRST), part) for part in parts if isinstance(part, dict) for name in part
              if type(name) is str and f".{name}".endswith(f".{FIRST}")]
@@ -456,7 +457,7 @@ def architecture(state):
             "quant_conv": "quant_conv.weight" in state, "post_quant_conv": "post_quant_conv.weight" in state}
 
 def fill(make, state, source):
-    """make(), a module in evaluation mode, with float32 copies of a state_dict. Raises ValueError."""
+    """make(), a module in evaluation mode, with float32 copies of a state_dict."""
     with explained(f"{source}: not a model that we know"), torch.device("meta"):  # shapes only
         module = make()
         module.load_state_dict({name: value.detach().to(torch.float32, copy=True)
@@ -464,7 +465,7 @@ def fill(make, state, source):
     return module.eval()
 
 def from_state(state, source="state_dict"):
-    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names. Raises ValueError."""
+    """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names."""
     return fill(lambda: Autoencoder(Config(**architecture(state))), state, source)
 
 # What is published, by its name: the file that it becomes in torch's hub cache, and its address.
@@ -476,24 +477,24 @@ PUBLISHED |= {"church": ("church_pipeline.pt", DRIVE + "1-174o5MywJYhhOcYI6yzMfU
               "imagenet": ("inet_pipeline.pt", DRIVE + "1-Td-danBSRX4IhlXAD_CtgFARbu4C9hH")}
 
 def local(name):
-    """The path of a file: `name`, or what is published under it, in torch's hub cache. Raises ValueError."""
+    """The path of a file: `name`, or what is published under it, in torch's hub cache."""
     if os.path.isfile(name) or name not in PUBLISHED:
         return name
     file, address = PUBLISHED[name]
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+    path = f"{torch.hub.get_dir()}/checkpoints/{file}"
     if not os.path.isfile(path):
         with explained(f"{name} could not be downloaded: get {address} as it is, as {path}"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as temporary:
-                came = os.path.join(temporary, "download")
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+                came = f"{folder}/download"
                 torch.hub.download_url_to_file(address, came)
-                came = unpack(came, temporary)
+                came = unpack(came, folder)
                 read(came)  # only what can be used is kept
                 os.replace(came, path)
     return path
 
 def load(path):
-    """An Autoencoder in evaluation mode, of any file that README names. Raises ValueError."""
+    """An Autoencoder in evaluation mode, of any file that README names."""
     ae, beside = from_state(find(read(path), path)[0], path), Path(local(path)).with_name("config.json")
     text = beside.read_text(errors="replace") if beside.is_file() else ""  # diffusers', perhaps
     require(not re.search(r'"norm_num_groups":\s*(?!32\b)\d', text), f"{beside}: norm_num_groups is not 32")
@@ -502,17 +503,17 @@ def load(path):
 # ---------------- writing files, and the command line
 def write(path, save):
     """Write a file whole or not at all: `save(file)` fills a temporary one, which then takes the name."""
-    temporary = f"{path}.tmp"
+    draft = f"{path}.tmp"
     with explained(f"{path}: cannot be written"):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
+            with open(draft, "wb") as file:
                 save(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(draft, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            Path(draft).unlink(missing_ok=True)
 
 def save_safetensors(state, file):
     """Write a state_dict of float32 in the layout that load_safetensors reads."""
@@ -538,13 +539,13 @@ def diffusers_config(config):
             "latent_channels": config.z_channels, "mid_block_add_attention": config.mid_attention}
 
 def info(path):
-    """Say what a file is, in a few lines."""
+    """Say what a file is."""
     ae, (state, told) = load(path), find(read(path), path)
     fields = architecture(state)
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
     print(f"{'VQ' if ae.config.codebook else 'KL'} autoencoder, f = {ae.config.f}, as {like[0]}")
     print(", ".join(f"{name} {value}" for name, value in fields.items()))
-    print(f"{sum(value.numel() for value in state.values()):,} parameters, {told}")
+    print(f"{sum(v.numel() for v in state.values()):,} parameters, {told}")
 
 def convert(source, target):
     """Write an autoencoder, in float32: a .safetensors for diffusers, any other for latent diffusion."""
@@ -554,9 +555,9 @@ def convert(source, target):
         write(target, lambda file: save_safetensors(translate(state, to_diffusers=True), file))
     else:
         write(target, lambda file: torch.save({"state_dict": state}, file))
-    if os.path.basename(target) == "diffusion_pytorch_model.safetensors":
+    if Path(target).name == "diffusion_pytorch_model.safetensors":
         text = json.dumps(diffusers_config(ae.config), indent=2)
-        write(os.path.join(os.path.dirname(target), "config.json"), lambda file: file.write(text.encode()))
+        write(Path(target).with_name("config.json"), lambda file: file.write(text.encode()))
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ValueErrors of one line, and which takes no shortened options."""
