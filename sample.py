@@ -208,8 +208,7 @@ def generate(sampler, args):
         classes = classes[:10]
     n = args.n or max(16, 8 * len(classes))
     labels = even_labels(classes, n)
-    # Shuffled: the Inception Score is taken over consecutive parts of an .npz.
-    row = np.random.default_rng(args.seed).permutation(n)
+    row = np.random.default_rng(args.seed).permutation(n)  # the Inception Score goes by parts
     with shared_array(f"{path}.images.tmp", (n, size, size, 3)) as array:
         for numbers, images in draw_all(sampler, args, labels):
             array[row[numbers]] = images
@@ -563,7 +562,6 @@ COMMANDS = {  # options, some with another default
     bench: f"{GUIDED} --seconds --train"}
 
 def main(argv=None):
-    """The command line."""
     parser = daes.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, options in COMMANDS.items():

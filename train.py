@@ -52,7 +52,7 @@ class Run:
     out: str = knob("", "the run's folder, else runs/DATASET, or runs/ and the data folder's name")
     image_size: int = knob(0, "side of the square images; 0: the preset's")
     flip: bool = knob(False, "horizontal flips")
-    val: str = knob("", "folder of held-out images, else a share of --data")
+    val: str = knob("", "folder of held-out images")
     holdout: float = knob(0.05, "without --val: share of --data held out, at most 2000 images")
     seed: int = knob(0, "of weights, order and noise")
     device: str = knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
@@ -190,9 +190,9 @@ def train_lvae(run, config, ae, data, start, device, dtype):
     if run.compile == "yes" or run.compile == "auto" and device.type == "cuda" and config.steps >= 500:
         model.compile(dynamic=False)
     kind = f"{config.num_classes} classes" if config.num_classes else "unconditional"
-    say(f"data        {run.data or 'toy'}: {len(data.train)} to train on, {len(data.held)} held out, {kind}")
-    say(f"device      {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, in {dtype}")
-    say(f"config      {config}")
+    say(f"data    {run.data or 'toy'}: {len(data.train)} to train on, {len(data.held)} held out, {kind}")
+    say(f"device  {device}, {world()[1]} process(es), {torch.get_num_threads()} threads, in {dtype}")
+    say(f"config  {config}")
     mine, source = my_part(config.batch), "cpu" if device.type == "xla" else device
 
     def batch(number):
@@ -607,7 +607,7 @@ def world():
 def my_part(batch):
     """The slice of a batch that this process takes."""
     rank, count = world()
-    require(batch % count == 0, f"{count} processes need a batch of a multiple of {count}, not {batch}")
+    require(batch % count == 0, f"{count} processes need a multiple of {count}, not batches of {batch}")
     return slice(rank * batch // count, (rank + 1) * batch // count)
 
 def say(text):
@@ -672,7 +672,7 @@ def parse(argv):
     run = replace(run, out=run.out or f"runs/{name if run.dataset == 'toy' else run.dataset}")
     for_images = run.flip or run.val or run.image_size or run.dae in ("train", "none")
     require(0 <= run.holdout < 1 and min(run.image_size, run.seed) >= 0 and min(run.log_every, run.every) > 0,
-            "--holdout is a share, below 1; --log-every and --every are from 1 up, other numbers from 0 up")
+            "--holdout: a share, below 1; --log-every, --every: from 1 up; other numbers: from 0 up")
     require(run.data or run.dataset.startswith("toy"),
             f"{run.dataset} needs --data, say http://dl.yf.io/lsun/scenes' church_outdoor_train_lmdb")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
@@ -683,7 +683,7 @@ def parse(argv):
     return run, model_options, dae_options
 
 def main(argv=None):
-    """The command line; for XLA a process per device."""
+    """For XLA a process per device."""
     arguments = parse(argv)
     if arguments[0].device != "xla":
         return train_both(0, *arguments)
