@@ -1,11 +1,11 @@
 """The autoencoders of latent diffusion (Rombach et al., 2022), KL and VQ, in one file that needs torch only.
 
-    ae = load("model.ckpt")                     # an official file, or ours; its tensors tell the architecture
-    h = ae.encode(x)                            # x (B, 3, H, W) in [-1, 1] -> h (B, C, H/f, W/f)
+    ae = load("model.ckpt")                   # an official file, or ours; its tensors tell the architecture
+    h = ae.encode(x)                          # x (B, 3, H, W) in [-1, 1] -> h (B, C, H/f, W/f)
     x = ae.decode(h)
 
-    python dae.py info FILE                     # what a file is
-    python dae.py convert IN OUT.safetensors    # for diffusers; OUT.ckpt: for latent diffusion
+    python dae.py info FILE                   # what a file is
+    python dae.py convert IN OUT.safetensors  # for diffusers; OUT.ckpt: for latent diffusion
 
 h is raw, without a factor such as 0.18215: the posterior's mean (KL), or what `decode` quantises (VQ).
 What cannot be used, be it a file, a size or a name, is a ValueError of one line.
@@ -460,8 +460,8 @@ def fill(make, state, source):
     """make(), a module in evaluation mode, with float32 copies of a state_dict."""
     with explained(f"{source}: not a model that we know"), torch.device("meta"):  # shapes only
         module = make()
-        module.load_state_dict({name: value.detach().to(torch.float32, copy=True)
-                                for name, value in state.items()}, assign=True)
+        copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
+        module.load_state_dict(copies, assign=True)
     return module.eval()
 
 def from_state(state, source="state_dict"):

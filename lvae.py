@@ -17,9 +17,9 @@ and labels (N,), 0 to 7 (for others: `adapted`), after importing copy, torch, lv
         rows = torch.randint(len(h), (config.batch,))
         x = lvae.normalise(h[rows], config)
         stats = lvae.train_step(model, ema, optimizer, [(x, labels[rows])], step)
-    x = ema.generate(label=labels[:4], mean_guidance=1.5)       # sampling, one forward pass
-    x = ema.generate(ema.encode(x, labels[:4]), labels[:4])     # reconstruction
-    h = lvae.denormalise(x, config)                             # for the autoencoder's decoder
+    x = ema.generate(label=labels[:4], mean_guidance=1.5)    # sampling, one forward pass
+    x = ema.generate(ema.encode(x, labels[:4]), labels[:4])  # reconstruction
+    h = lvae.denormalise(x, config)                          # for the autoencoder's decoder
 
 Shapes: B batch, C data channels, c channels of a level (one resolution), z latent channels, L latent groups.
 Orders: a Config's tuples and `encoder.levels` are finest first, as in Table 5; all else is coarsest first.
@@ -174,7 +174,7 @@ def autocast(device, dtype):
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # meta has none
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
-Gaussian = namedtuple("Gaussian", "mean var")                  # (B, z, H, W) each
+Gaussian = namedtuple("Gaussian", "mean var")                 # (B, z, H, W) each
 
 def gaussian(params):
     """Mean and raw variance (B, 2z, H, W) -> Gaussian. Raw 0 is variance 1; logs stay finite."""
@@ -218,7 +218,7 @@ class SpectralConv2d(nn.Conv2d):
     def sigma(self):
         """That value, by a power iteration that goes on in training; u and v get no gradient."""
         with autocast(self.weight.device, torch.float32):
-            w = self.weight.flatten(1).float()                 # (c_out, c_in*k*k)
+            w = self.weight.flatten(1).float()                # (c_out, c_in*k*k)
             with torch.no_grad():
                 v = F.normalize(w.T @ self.u.float(), dim=0)
                 u = F.normalize(w @ v, dim=0)
@@ -241,13 +241,13 @@ class Block(nn.Module):
             self.dense2 = last(c * ffn, c_out, 1, scale)
 
     def forward(self, x, label):
-        h = x                                                  # (B, c, H, W)
+        h = x                                                 # (B, c, H, W)
         if self.classproj is not None:
-            h = h + self.classproj(label)[:, :, None, None]    # label (B, label_dim)
+            h = h + self.classproj(label)[:, :, None, None]   # label (B, label_dim)
         h = self.conv1(F.silu(h))
-        h = self.conv2(F.silu(h))                              # (B, c, H, W), or c_out without ffn
+        h = self.conv2(F.silu(h))                             # (B, c, H, W), or c_out without ffn
         if self.ffn:
-            h = self.dense2(F.silu(self.dense1(F.silu(h))))    # (B, c*ffn, H, W), then (B, c_out, H, W)
+            h = self.dense2(F.silu(self.dense1(F.silu(h))))   # (B, c*ffn, H, W), then (B, c_out, H, W)
         return x + h if self.residual else h
 
 class Attention(nn.Module):
@@ -260,11 +260,11 @@ class Attention(nn.Module):
         self.out = scaled_(nn.Linear(c, c), 0.0)
 
     def forward(self, x):
-        mixed, k, v = self.qkv(x.flatten(2).mT).chunk(3, 2)    # (B, H*W, c) each; the first are the queries
+        mixed, k, v = self.qkv(x.flatten(2).mT).chunk(3, 2)   # (B, H*W, c) each; the first are the queries
         if self.mode != "released":
             q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (mixed, k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v)    # (B, heads, H*W, c/heads)
-            mixed = mixed.transpose(1, 2).flatten(2)           # (B, H*W, c)
+            mixed = F.scaled_dot_product_attention(q, k, v)   # (B, heads, H*W, c/heads)
+            mixed = mixed.transpose(1, 2).flatten(2)          # (B, H*W, c)
         return x + self.out(mixed).mT.unflatten(2, x.shape[2:])
 
 class Resample(nn.Module):
@@ -315,7 +315,7 @@ class Encoder(nn.Module):
             self.levels.append(layers)
 
     def forward(self, x, label):
-        x, features = self.in_proj(x), []                      # (B, c, H, W); of each level, not yet pooled
+        x, features = self.in_proj(x), []                     # (B, c, H, W); of each level, not yet pooled
         for layers in self.levels:
             for layer in layers:
                 if isinstance(layer, Resample):
@@ -345,7 +345,7 @@ class TopDownBlock(nn.Module):
     def forward(self, x, label, eps=None, evidence=None, guidance=None, temperature=1.0):
         """x (B, c, H, W), or (2B, ...) under guidance -> x, Latent. eps (B, z, H, W), None to draw it, or a
         function of the prior; evidence: the features and label that the posterior sees."""
-        h = self.prior_block(x, label)                         # (B, c [+ 2z], H, W)
+        h = self.prior_block(x, label)                        # (B, c [+ 2z], H, W)
         if self.hierarchical:
             prior, h = gaussian(h[:, :2 * self.z_dim]), h[:, 2 * self.z_dim:]
         else:
@@ -353,7 +353,7 @@ class TopDownBlock(nn.Module):
             prior = Gaussian(zeros, zeros + 1)
         if guidance:
             c, u = (Gaussian(*stream) for stream in zip(prior.mean.chunk(2), prior.var.chunk(2)))
-            prior = guide(c, u, *guidance)                     # (B, z, H, W)
+            prior = guide(c, u, *guidance)                    # (B, z, H, W)
         source, posterior = prior, None
         if evidence:
             features, true_label = evidence
@@ -461,7 +461,7 @@ class LVAE(nn.Module):
         fits = [eps.shape == shape for eps, shape in zip(noise, shapes) if torch.is_tensor(eps)]
         if len(noise) != len(shapes) or not all(fits):
             raise ValueError(f"noise: expected one per group, {shapes}")
-        expected = n, config.data_channels, *shapes[0][2:]     # (B, C, H/f, W/f)
+        expected = n, config.data_channels, *shapes[0][2:]    # (B, C, H/f, W/f)
         if config.upsample and getattr(low_res, "shape", None) != expected:
             raise ValueError(f"low_res: expected {expected}")
         x = self.low_res_proj(low_res) if config.upsample else self.initial.expand(n, -1, -1, -1)
@@ -475,9 +475,9 @@ class LVAE(nn.Module):
                     x, latent = run_block(config, layer, x, label, eps, seen, weights, temperature)
                     latents.append(latent)
                 elif isinstance(layer, Resample):
-                    x = layer(x, shapes[len(latents)][2:])     # the size of the next group
+                    x = layer(x, shapes[len(latents)][2:])    # the size of the next group
                 else:
-                    x = layer(x)                               # (B, c, h, w)
+                    x = layer(x)                              # (B, c, h, w)
         mean, logvar = self.out_proj(x)[:n].float().chunk(2, dim=1)  # (B, C, H, W)
         return mean, logvar, latents
 
@@ -520,7 +520,7 @@ Loss = namedtuple("Loss", "loss distortion rate weighted_rate spectral kl")
 
 def distortions(out, x, config):
     """KL( N(x, sigma_q^2) || p(x|z) ) of every sample (App. B), (B,) nats. Variances below sigma_q^2 cost."""
-    var_q, error = config.sigma_q ** 2, x.float() - out.mean   # (B, C, H, W)
+    var_q, error = config.sigma_q ** 2, x.float() - out.mean  # (B, C, H, W)
     kl = 0.5 * ((var_q + error.square()) * torch.exp(-out.logvar) - 1 + out.logvar - math.log(var_q))
     return kl.sum((1, 2, 3))
 

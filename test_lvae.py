@@ -313,9 +313,9 @@ def test_the_update():
     model = awake(replace(TINY, ema=0.9, lr_decay=0.5, steps=2000))[0].train()
     parts = model, ema, optimizer = model, copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     ema.out_proj.weight.data.zero_()
-    for step, factor, limit, rate, decay in ((1, 1, 1e9, 0.01, 2 / 11), (2, math.nan, 1e9, 0, 1),
-                                             (1001, 1, 1e-9, 0, 1), (1000, 1, 1e-9, 1, 0.9),
-                                             (1751, 1, 1e9, 0.25, 0.9)):
+    for step, factor, limit, rate, decay in (
+            (1, 1, 1e9, 0.01, 2 / 11), (2, math.nan, 1e9, 0, 1), (1001, 1, 1e-9, 0, 1),
+            (1000, 1, 1e-9, 1, 0.9), (1751, 1, 1e9, 0.25, 0.9)):
         model.config = replace(model.config, skip_threshold=limit)  # holds after step 1000
         before = copy.deepcopy([part.state_dict() for part in parts])
         stats = lvae.train_step(*parts, [(X * factor,)], step)
@@ -557,10 +557,9 @@ def test_evaluation():
     options = "--label a --n 8 --mean-guidance 1.5 --temperature 0.7"
     sampling(f"generate {RUN} --npz samples.npz {options}")
     rebuilt = sampler.images(sampler.posterior(x, label), label)
-    for line, images in (("photos --image-size 32", images),
-                         (f"{RUN} {options}", np.load("samples.npz")["arr_0"]),
-                         (f"{RUN} --reconstruct autoencoder", sampler.decode(x)),
-                         (f"{RUN} --reconstruct lvae", rebuilt)):
+    for line, images in (
+            ("photos --image-size 32", images), (f"{RUN} {options}", np.load("samples.npz")["arr_0"]),
+            (f"{RUN} --reconstruct autoencoder", sampler.decode(x)), (f"{RUN} --reconstruct lvae", rebuilt)):
         np.savez("same.npz", arr_0=images)
         found, expected = (table(f"{of} --reference x.npz") for of in (line, "same.npz"))
         close([found["FID"], found["saturation"]], [expected["FID"], expected["saturation"]], 1e-3)
@@ -641,7 +640,7 @@ def test_kinds_of_data():
 
 # ---------------- training, and nothing lost
 def log_of(out):
-    """A run's log by stage and step, but for its clock; of a step run twice the later line counts."""
+    """A run's log by stage and step, but for its clock."""
     entries = map(json.loads, Path(out, "log.jsonl").read_text().splitlines())
     return {(e.pop("stage"), e["step"], "held_out_rate" in e): e | {"seconds": 0} for e in entries}
 
@@ -744,10 +743,10 @@ def test_xla():
 @in_folder()
 def test_mistakes_are_refused():
     os.mkdir("bad"), Path("bad/a.png").write_text("x")
-    for cause, options in (("a share", "--holdout 5"), ("expected sizes", "--dae train --dae-mult 1,x"),
-                           ("No such", "--dae none.pt"), ("no usable", "--data bad"),
-                           ("invalid", "--dataset x"), ("heads", "--heads 7,7,7,7"),
-                           ("does not fit", "--num-classes 1")):
+    for cause, options in (
+            ("a share", "--holdout 5"), ("expected sizes", "--dae train --dae-mult 1,x"),
+            ("No such", "--dae none.pt"), ("no usable", "--data bad"), ("invalid", "--dataset x"),
+            ("heads", "--heads 7,7,7,7"), ("does not fit", "--num-classes 1")):
         refused(cause, training, f"--data photos --dae none --image-size 16 --out x {options}")
     shutil.copy(A, "photos/a/new.png"), refused("16, 4] images", training, PHOTOS + "run --steps 6")
     for cause, options in (("no such class", "--label up"), ("per level", "--mean-guidance 1,2"),

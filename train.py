@@ -261,7 +261,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     if config.adversarial_weight:
         parts["discriminator"] = daes.Discriminator().to(device)
     optimizers = daes.make_optimizers(parts, config)
-    everything = parts | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
+    everything = parts | {f"{name}_optimizer": adam for name, adam in optimizers.items()}
     wanted = wanted | {"dae_options": asdict(config)}
     facts = {"run": wanted} | resume(begun(path, daes.read, wanted), everything)
     perceptual = None
@@ -537,8 +537,7 @@ def resume(start, parts):
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
             for p, moments in getattr(part, "state", {}).items():  # fused Adam expects its memory format
-                moments |= {key: torch.empty_like(p).copy_(value) for key, value in moments.items()
-                            if value.shape == p.shape}
+                moments |= {k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape}
     if start.get("step"):
         say(f"resuming at step {start['step']}")
     return {name: start.get(name, 0) for name in ("step", "skipped")}
