@@ -171,7 +171,7 @@ def decoder(config):
                  norm_out=norm(widths[0]), silu=nn.SiLU(), conv_out=conv(widths[0], 3))
 
 class Autoencoder(nn.Module):
-    """KL or VQ autoencoder of a Config; state_dict names are those of the official latent-diffusion files."""
+    """KL or VQ autoencoder of a Config; its state_dict has the names of latent diffusion's files."""
     def __init__(self, config):
         super().__init__()
         self.config, c = config, config.z_channels
@@ -235,14 +235,14 @@ def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=N
     nll = error.abs().sum((1, 2, 3)).mean() + config.edge_weight * edges
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
     terms = {"l1": error.abs().mean(), "kl": kl}
-    if perceptual is not None:
+    if perceptual:
         terms["perceptual"] = perceptual(x, rec).float().mean()
         nll = nll + config.perceptual_weight * terms["perceptual"] * x[0].numel()
     losses = {"dae": nll + config.kl_weight * kl}
     if discriminator is not None:
         adversarial, last = -discriminator(rec).float().mean(), ae.decoder.conv_out.weight
         gradients = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (nll, adversarial)]
-        if average is not None:
+        if average:
             average(gradients)
         ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)  # as in VQGAN (Esser et al., 2021)
         weight = config.adversarial_weight * ratio.clamp(0, 1e4)
@@ -253,7 +253,7 @@ def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=N
     return losses, {name: term.detach() for name, term in terms.items()}
 
 def make_optimizers(parts, config):
-    """Adam for the autoencoder ("dae") and its adversary ("discriminator", if any: then with LDM's betas)."""
+    """Adam for each part: "dae", and perhaps "discriminator", then with LDM's betas."""
     betas = (0.5, 0.9) if "discriminator" in parts else (0.9, 0.99)
     return {name: torch.optim.Adam(part.parameters(), config.lr, betas=betas, fused=True)
             for name, part in parts.items()}
@@ -268,7 +268,7 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
         optimizers[name].zero_grad()  # the autoencoder's loss has reached the adversary
         loss.backward()
     gradients = [p.grad for name in losses for p in parts[name].parameters()]
-    if average is not None:
+    if average:
         average(gradients)
     norm = float(torch.nn.utils.get_total_norm(gradients))
     # LDM's is constant; but a run starts calmer if its rate warms up, and ends sharper if it falls to zero.
@@ -320,8 +320,8 @@ def check_pickle(data):
     """Refuse a pickle that would crash torch's reader or keep it busy: its operations are run on the sizes
     alone of what they build, and these are added up."""
     stack, marks, memo, work = [], [], {}, 0  # an object is a list of one number, its size
-    for operation, value, position in pickletools.genops(data):
-        name, takes = operation.name, operation.stack_before
+    for op, value, position in pickletools.genops(data):
+        name, takes = op.name, op.stack_before
         start = len(stack) - len(takes)
         if name.endswith("PUT"):
             memo[value] = stack[-1]
@@ -335,7 +335,7 @@ def check_pickle(data):
         size = sum(number for number, in taken)
         made[0] += size
         work += size  # grows with nesting and with repeated use
-        stack[start:] = [made] * len(operation.stack_after)
+        stack[start:] = [made] * len(op.stack_after)
         unwanted = name in ("LONG1", "GLOBAL") and re.search(UNWANTED, str(value))
         short = max(position, work // 4) <= 1 << 22  # bytes; real pickles stay below half of it
         require(short and not unwanted, "it is hostile, or of sparse or quantised tensors")
@@ -407,7 +407,7 @@ def read(path):
         return content
 
 # ---------------- the autoencoder in a file
-# Fragments of names in latent diffusion's files, which are ours, and in diffusers', replaced in this order.
+# Fragments of names in latent diffusion's files (ours) and in diffusers', replaced in this order.
 DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_block.resnets.1."),
              ("mid.attn_1.", "mid_block.attentions.0."), (".down.", ".down_blocks."), (".up.", ".up_blocks."),
              (".block.", ".resnets."), (".attn.", ".attentions."), (".downsample.", ".downsamplers.0."),
@@ -468,7 +468,7 @@ def from_state(state, source="state_dict"):
     """An Autoencoder in evaluation mode from a state_dict in latent diffusion's names."""
     return fill(lambda: Autoencoder(Config(**architecture(state))), state, source)
 
-# What is published, by its name: the file that it becomes in torch's hub cache, and its address.
+# What is published, by name: its file in torch's hub cache, and its address.
 PUBLISHED = {name: (f"{name}.ckpt", f"https://ommer-lab.com/files/latent-diffusion/{name}.zip")
              for name in PRESETS if name != "small-f4"}
 DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="  # the paper's pipelines
@@ -516,7 +516,7 @@ def write(path, save):
             Path(draft).unlink(missing_ok=True)
 
 def save_safetensors(state, file):
-    """Write a state_dict of float32 in the layout that load_safetensors reads."""
+    """Write a state_dict of float32 as load_safetensors reads it."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for key, value in state.items():
         begin, end = end, end + value.nbytes

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 # ---------------- configuration
 def knob(default, help, low=0):
-    """A field of a config, its explanation (of `train.py --help`, too) and its smallest value."""
+    """A field of a config, with an explanation, also for `train.py --help`, and a least value."""
     return field(default=default, metadata={"help": help, "low": low})
 
 PER_LEVEL = ("mult", "ffn", "groups", "encoder_layers", "attention_layers", "heads")
@@ -190,10 +190,10 @@ def whiten(z, prior):
     """The noise under the prior that gives z (Section 5.2)."""
     return (z - prior.mean) / prior.var.sqrt()
 
-def guide(conditional, unconditional, mean_weight, variance_weight):
-    """The guided prior (Eq. 2): from the unconditional Gaussian through the conditional one, and on."""
-    mean = conditional.mean + mean_weight * (conditional.mean - unconditional.mean)
-    var = conditional.var * (conditional.var / unconditional.var) ** variance_weight
+def guide(c, u, mean_weight, variance_weight):
+    """The guided prior (Eq. 2): from the unconditional Gaussian u through the conditional c, and on."""
+    mean = c.mean + mean_weight * (c.mean - u.mean)
+    var = c.var * (c.var / u.var) ** variance_weight
     return Gaussian(mean, var)
 
 # ---------------- layers
@@ -566,7 +566,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
         (losses.loss / len(batches)).backward()
         parts.append([v.detach() for v in losses])
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if average is not None:
+    if average:
         average(gradients)
     norm = float(torch.nn.utils.get_total_norm(gradients))  # the only look from the host
     limit = config.skip_threshold * config.data_channels * config.resolution ** 2 if step > 1000 else math.inf

@@ -130,11 +130,11 @@ class Sampler:
 # ---------------- what commands share
 def guidance(sampler, args):
     """Options -> arguments of `generate`; for ImageNet by default the paper's."""
-    means, variances, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
-    if sampler.dataset == "imagenet" and sampler.config.num_classes and not (means or variances):
-        means, variances = lvae.guidance_levels(sampler.config, 1.5), [3.0]
-    means, variances = (w * levels if len(w) == 1 else w for w in (means or [0.0], variances or [0.0]))
-    return {"mean_guidance": means, "variance_guidance": variances, "temperature": args.temperature}
+    mu, sigma, levels = args.mean_guidance, args.variance_guidance, len(sampler.model.sides)
+    if sampler.dataset == "imagenet" and sampler.config.num_classes and not (mu or sigma):
+        mu, sigma = lvae.guidance_levels(sampler.config, 1.5), [3.0]
+    mu, sigma = (w * levels if len(w) == 1 else w for w in (mu or [0.0], sigma or [0.0]))
+    return {"mean_guidance": mu, "variance_guidance": sigma, "temperature": args.temperature}
 
 def even_labels(classes, n):
     """n labels, as evenly of the classes as can be, in their order: (N,)."""

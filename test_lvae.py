@@ -90,22 +90,22 @@ def awake(config):
         p.data += 0.02 * torch.randn_like(p)
     return model, [torch.randn(2, *shape) for shape in model.latent_shapes()]
 
-def close(a, b, tolerance=1e-5):
+def close(a, b, limit=1e-5):
     a, b = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (a, b))
     error = float((a - b).norm() / b.norm())
-    assert error < tolerance, error
+    assert error < limit, error
 
 def same(a, b):
     """Whether the tensors in two containers are equal, to the last bit."""
     a, b = (list(filter(torch.is_tensor, tree_leaves(some))) for some in (a, b))
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
-def near(a, b, tolerance=1):
+def near(a, b, limit=1):
     """Whether uint8 images are the same, but for rounding."""
-    return np.allclose(a, b, rtol=0, atol=tolerance)
+    return np.allclose(a, b, rtol=0, atol=limit)
 
 def quiet(main, line):
-    """Run a command in this process, with the words of a line; returns what it printed."""
+    """Run a command in this process; returns what it printed."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
         main(line.split())
     return out.getvalue()
@@ -633,9 +633,9 @@ def test_kinds_of_data():
     if importlib.util.find_spec("lmdb") is None:
         return print("    not tested: lmdb is not installed")
     import lmdb
-    with lmdb.open("lsun") as database, database.begin(write=True) as transaction:
+    with lmdb.open("lsun") as database, database.begin(write=True) as txn:
         for path in Path("photos/a").iterdir():
-            transaction.put(path.name.encode(), path.read_bytes())
+            txn.put(path.name.encode(), path.read_bytes())
     assert "8 to train on, 2 held out, uncond" in training(PIXELS + "lmdb --data lsun")
 
 # ---------------- training, and nothing lost

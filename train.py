@@ -214,7 +214,7 @@ def train_lvae(run, config, ae, data, start, device, dtype):
         with torch.no_grad(), lvae.autocast(device, dtype):
             if len(data.held):
                 log(run, "lvae", step, held_out(ema, data, device))
-            if ae is not None:
+            if ae:
                 save_pictures(run, ema, ae, data, step, device)
     loop(run, "lvae", config.steps, path, facts, parts | {"dae": ae or daes.Identity()}, update, look)
     say(f"done: {path}, {facts['skipped']} steps skipped")
@@ -396,10 +396,10 @@ class Images:
 
     def first_good(self, rows, start):
         """The first of `rows`, from `start` on, that is not bad."""
-        images = map(self.read, itertools.chain(rows[start:], rows[:start]))
-        image = next((image for image in images if image is not None), None)
-        require(image is not None, f"no usable image among {len(rows)}")
-        return image
+        for row in itertools.chain(rows[start:], rows[:start]):
+            if (image := self.read(row)) is not None:
+                return image
+        raise ValueError(f"no usable image of {len(rows)}")
 
 def open_images(path, size, known=()):
     """The images of a folder, an LSUN LMDB or the toy ('', 'toy'), of known classes if any."""
@@ -683,12 +683,12 @@ def parse(argv):
 
 def main(argv=None):
     """For XLA a process per device."""
-    arguments = parse(argv)
-    if arguments[0].device != "xla":
-        return train_both(0, *arguments)
+    args = parse(argv)
+    if args[0].device != "xla":
+        return train_both(0, *args)
     with explained("--device xla needs torch_xla and its torch"):
         import torch_xla
-    torch_xla.launch(train_both, args=arguments)
+    torch_xla.launch(train_both, args=args)
 
 # ---------------- the toy scenes: a data set drawn by code
 BREADTH = {"church": 0.96, "house": 1.34, "castle": 1.2, "windmill": 0.92, "lighthouse": 0.52, "temple": 1.5,
@@ -792,8 +792,8 @@ def toy(index, size=64):
         brush.ellipse(sun, x, y, width, width)
     x, y, width = rng.uniform((0.2, 0.66, 0.26), (0.9, 0.9, 0.44))
     if rng.random() < 0.6:
-        for across, up, share in (-0.3, 0, 0.4), (0, 0.04, 0.64), (0.3, 0, 0.48):
-            brush.ellipse(cloud, x + across * width, y + up * width, share * width, 0.6 * share * width)
+        for dx, dy, share in (-0.3, 0, 0.4), (0, 0.04, 0.64), (0.3, 0, 0.48):
+            brush.ellipse(cloud, x + dx * width, y + dy * width, share * width, 0.6 * share * width)
     across = np.linspace(0, 1, 33)
     for hill, rise in (far, 1.22), (near, 0.9):
         height, swell, phase, pace = rng.uniform((0.04, 0.02, 0, 3), (0.1, 0.05, 6.3, 8))
