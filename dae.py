@@ -8,7 +8,7 @@
     python dae.py convert IN OUT.safetensors  # for diffusers; OUT.ckpt: for latent diffusion
 
 h is raw, without a factor such as 0.18215: the posterior's mean (KL), or what `decode` quantises (VQ).
-What cannot be used, be it a file, a size or a name, is a ValueError of one line.
+What cannot be used is a ValueError of one line.
 Shapes: B batch, H W image size, C latent channels, f downsampling factor.
 """
 import argparse
@@ -48,13 +48,13 @@ class Config:
     mid_attention: bool = knob(True, "attention between the two middle blocks")
     codebook: int = knob(0, "entries of the VQ codebook, 0: a KL autoencoder")
     quant_conv: bool = knob(True, "1x1 convolution after the encoder; SD3 and FLUX have none")
-    post_quant_conv: bool = knob(True, "1x1 convolution before the decoder; SD3 and FLUX have none")
+    post_quant_conv: bool = knob(True, "1x1 convolution before the decoder, likewise")
     # training (KL autoencoders)
     batch: int = knob(12, "images per training step")
     lr: float = knob(5.4e-5, "learning rate of Adam (LDM: 4.5e-6 x batch), falls to 0 in the last third")
     steps: int = knob(250_000, "training steps")
     kl_weight: float = knob(1e-6, "weight of the KL to N(0, 1), summed over the latent")
-    edge_weight: float = knob(0.0, "weight of the L1 of the error's differences between neighbouring pixels")
+    edge_weight: float = knob(0.0, "weight of the L1 of the error's differences between neighbours")
     perceptual_weight: float = knob(1.0, "weight of LPIPS, where the lpips package is installed")
     adversarial_weight: float = knob(0.5, "adversarial gradient as a share of the reconstruction's, 0: none")
     adversarial_start: int = knob(50_001, "step at which the adversarial term starts")
@@ -202,7 +202,7 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(h)).float()
 
 class Identity(nn.Module):
-    """The first stage of a model of pixels: h is the image in 0..255, modelled with shift and scale 127.5."""
+    """The first stage of a model of pixels: h is the image in 0..255."""
     config = Config(z_channels=3, mult=(1,))
 
     def encode(self, x):
@@ -250,7 +250,7 @@ def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=N
         hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         losses = {"dae": losses["dae"] + weight * adversarial, "discriminator": hinge}
         terms |= {"adversarial": adversarial, "adversarial_weight": weight, "discriminator": hinge}
-    return losses, {name: term.detach() for name, term in terms.items()}
+    return losses, {k: v.detach() for k, v in terms.items()}
 
 def make_optimizers(parts, config):
     """Adam for each part: "dae", and perhaps "discriminator", then with LDM's betas."""
@@ -332,7 +332,7 @@ def check_pickle(data):
         made, taken = memo[value] if name.endswith("GET") else [1], stack[start:]
         if name.startswith(("APPEND", "SETITEM", "BUILD")):
             made = taken.pop(0)
-        size = sum(number for number, in taken)
+        size = sum(n for n, in taken)
         made[0] += size
         work += size  # grows with nesting and with repeated use
         stack[start:] = [made] * len(op.stack_after)
@@ -421,13 +421,13 @@ LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # of the decoder: diffusers
 def translate(state, to_diffusers):
     """A state_dict in diffusers' names, or from them in ours. Attention: matrices there, 1x1 kernels here."""
     pairs = DIFFUSERS if to_diffusers else [(theirs, ours) for ours, theirs in DIFFUSERS]
-    levels, result = [int(found[2]) for found in map(LEVEL.match, state) if found], {}
+    levels, result = [int(m[2]) for m in map(LEVEL.match, state) if m], {}
     for name, value in state.items():
         if ".att" in name and value.ndim == (4 if to_diffusers else 2):
             value = value.flatten(1) if to_diffusers else value[:, :, None, None]
         for old, new in pairs:
             name = name.replace(old, new)
-        result[LEVEL.sub(lambda found: f"{found[1]}{max(levels) - int(found[2])}", name)] = value
+        result[LEVEL.sub(lambda m: f"{m[1]}{max(levels) - int(m[2])}", name)] = value
     return result
 
 def find(content, source):
@@ -460,7 +460,7 @@ def fill(make, state, source):
     """make(), a module in evaluation mode, with float32 copies of a state_dict."""
     with explained(f"{source}: not a model that we know"), torch.device("meta"):  # shapes only
         module = make()
-        copies = {name: value.detach().to(torch.float32, copy=True) for name, value in state.items()}
+        copies = {k: v.detach().to(torch.float32, copy=True) for k, v in state.items()}
         module.load_state_dict(copies, assign=True)
     return module.eval()
 
@@ -544,7 +544,7 @@ def info(path):
     fields = architecture(state)
     like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
     print(f"{'VQ' if ae.config.codebook else 'KL'} autoencoder, f = {ae.config.f}, as {like[0]}")
-    print(", ".join(f"{name} {value}" for name, value in fields.items()))
+    print(", ".join(f"{k} {v}" for k, v in fields.items()))
     print(f"{sum(v.numel() for v in state.values()):,} parameters, {told}")
 
 def convert(source, target):

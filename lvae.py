@@ -157,7 +157,7 @@ def adapted(config, channels, resolution, num_classes):
     """A preset for other data: its finest level is repeated, or left out."""
     levels = resolution.bit_length() - 1
     lists = {name: getattr(config, name) for name in PER_LEVEL}
-    lists = {name: (values[:1] * levels + values)[-levels:] for name, values in lists.items()}
+    lists = {k: (v[:1] * levels + v)[-levels:] for k, v in lists.items()}
     return replace(config, resolution=resolution, data_channels=channels, num_classes=num_classes, **lists)
 
 def normalise(h, config):
@@ -413,7 +413,7 @@ class LVAE(nn.Module):
         mean, logvar, latents = self._top_down(n, label, noise, low_res, evidence)
         kl = torch.stack([gaussian_kl(l.posterior, l.prior).sum((1, 2, 3)) for l in latents])  # (L, B)
         convs = [m for m in self.levels.modules() if isinstance(m, SpectralConv2d) and m.penalty]
-        spectral = sum(conv.penalty * conv.sigma() for conv in convs)
+        spectral = sum(m.penalty * m.sigma() for m in convs)
         return Output(mean, logvar, kl, spectral, latents)
 
     @torch.no_grad()
@@ -421,7 +421,7 @@ class LVAE(nn.Module):
         """Posterior samples of x, whitened under the prior: L eps (B, z, h, w), of which `generate` makes x
         again, given the same label. noise: the posterior's; None draws it, zeros give its means."""
         out = self.forward(x, label, noise, low_res, x.new_zeros(len(x), dtype=torch.bool))
-        return [whiten(latent.z, latent.prior) for latent in out.latents]
+        return [whiten(l.z, l.prior) for l in out.latents]
 
     @torch.no_grad()
     def generate(self, noise=None, label=None, n=None, mean_guidance=0.0, variance_guidance=0.0,
@@ -452,13 +452,13 @@ class LVAE(nn.Module):
         r, z = self.config.resolution, self.config.z_dim
         H, W = size or (r, r)
         shapes = [(z, 1, 1) if side == 1 else (z, side * H // r, side * W // r) for side in self.sides]
-        return [shape for shape, count in zip(shapes, self.config.groups[::-1]) for _ in range(count)]
+        return [s for s, count in zip(shapes, self.config.groups[::-1]) for _ in range(count)]
 
     def _top_down(self, n, label, noise, low_res, evidence=None, guidance=None, temperature=1.0, size=None):
         """The one top-down path: posterior if there is evidence, per level (features, label), else prior."""
         config, shapes = self.config, [(n, *shape) for shape in self.latent_shapes(size)]
         noise = noise or [None] * len(shapes)
-        fits = [eps.shape == shape for eps, shape in zip(noise, shapes) if torch.is_tensor(eps)]
+        fits = [eps.shape == s for eps, s in zip(noise, shapes) if torch.is_tensor(eps)]
         if len(noise) != len(shapes) or not all(fits):
             raise ValueError(f"noise: expected one per group, {shapes}")
         expected = n, config.data_channels, *shapes[0][2:]    # (B, C, H/f, W/f)
@@ -579,8 +579,8 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
         decay = min(config.ema, (1 + step) / (10 + step))  # warmed up: early weights are chance
         weight = torch.tensor([1 - decay]).to(device)
         with torch.no_grad():
-            for mine, current in zip(ema.parameters(), model.parameters()):
-                mine.lerp_(current, weight)
+            for old, new in zip(ema.parameters(), model.parameters()):
+                old.lerp_(new, weight)
     source, target = (model, ema) if good else (ema, model)  # ema holds the buffers of the last good step
     for old, new in zip(target.buffers(), source.buffers()):
         old.copy_(new)

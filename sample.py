@@ -61,7 +61,7 @@ class Sampler:
 
     def noise(self, seed, numbers, size=None):
         """Whitened noise of samples `numbers`, a list of (B, z, h, w), top-down; a stream each."""
-        streams = [np.random.default_rng((*np.atleast_1d(seed), int(number))) for number in numbers]
+        streams = [np.random.default_rng((*np.atleast_1d(seed), int(i))) for i in numbers]
         shapes = self.model.latent_shapes(size)
         drawn = [np.stack([s.standard_normal(shape, np.float32) for s in streams]) for shape in shapes]
         return [torch.from_numpy(eps).to(self.device) for eps in drawn]
@@ -103,12 +103,12 @@ class Sampler:
 
     def posterior(self, x, label):
         """The same -> whitened noise of the posterior's means, a list of (B, z, h, w)."""
-        return [lvae.whiten(latent.z, latent.prior) for latent in self.infer(x, label).latents]
+        return [lvae.whiten(l.z, l.prior) for l in self.infer(x, label).latents]
 
     def known(self, label):
         """A label as the model takes it: on its device, None if it has no classes."""
-        known = label is not None and self.config.num_classes
-        return torch.as_tensor(label, device=self.device) if known else None
+        if label is not None and self.config.num_classes:
+            return torch.as_tensor(label, device=self.device)
 
     def labels(self, text):
         """Classes by commas, each a name, its unique beginning, a number or none -> numbers; None: all."""
@@ -218,7 +218,7 @@ def generate(sampler, args):
         if args.npz:
             more = {"arr_1": labels[np.argsort(row)]} if sampler.config.num_classes else {}
             daes.write(args.npz, lambda file: np.savez(file, arr_0=array, **more))
-            say(f"{args.npz}: {n} samples of {size}x{size} pixels")
+            say(f"{args.npz}: {n} samples of {size}x{size}")
             if not args.out:
                 return
         shown = np.linspace(0, n - 1, min(n, 256)).astype(int)
@@ -228,7 +228,7 @@ def generate(sampler, args):
     if len(names) == 1:
         columns, names = math.ceil(math.sqrt(len(images))), None
         ends = range(columns, len(images), columns)
-    save_grid(out, f"{len(images)} samples of {size}x{size} pixels", np.split(images, ends), row_names=names)
+    save_grid(out, f"{len(images)} samples of {size}x{size}", np.split(images, ends), row_names=names)
 
 @contextlib.contextmanager
 def shared_array(path, shape):
@@ -269,7 +269,7 @@ def interpolate(sampler, args):
     require(len(pair) == 2, "expected two good images in one --batch")
     steps, embedding = torch.linspace(0, 1, args.steps, device=x.device), sampler.model.embedding
     ends = [*sampler.posterior(x, label), embedding(label) if embedding else label.float()]
-    *mixed, embedded = [torch.stack([torch.lerp(end[0], end[1], t) for t in steps]) for end in ends]
+    *mixed, embedded = [torch.stack([torch.lerp(*end, t) for t in steps]) for end in ends]
     row, names = [pair[0], *sampler.images(mixed, embedded), pair[1]], [f"{float(t):.2f}" for t in steps]
     save_grid(args.out, f"{args.steps} steps from A to B", [row], column_names=["A", *names, "B"])
 
@@ -288,7 +288,7 @@ def manifold(sampler, args):
         noise = [eps.repeat(args.steps, 1, 1, 1) for eps in sampler.noise(args.seed, [0])]
         noise[0][:, across], noise[1][:, down] = values[:, None, None], value
         rows.append(sampler.images(noise, label))
-    marks = [f"{float(value):.2f}" for value in values]
+    marks = [f"{float(v):.2f}" for v in values]
     what = f"across: group 1, channel {across}; down: group 2, channel {down}"
     save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
@@ -304,7 +304,7 @@ def outpaint(sampler, args):
         fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
         return fresh
     fresh = sampler.noise(args.seed, range(len(x)), size)
-    noise = [partial(around, latent.z, eps) for latent, eps in zip(latents, fresh)]
+    noise = [partial(around, l.z, eps) for l, eps in zip(latents, fresh)]
     wide = sampler.images(noise, label, n=len(x), size=size)  # (B, H, W, 3)
     save_grid(args.out, f"{len(wide)} images", list(zip(images, wide)), column_names=["image", "outpainted"])
 
@@ -329,7 +329,7 @@ def rates(sampler, args):
               f"{goal:5.1f} - {2 * goal:5.1f}   {active.sum():2} of {active.size}")
     total = rate + distortion
     print(f"rate {rate:.2f} + distortion {distortion:.2f} = negative ELBO {total:.2f} nats per image, "
-          f"{lvae.bits_per_dim(total, config):.4f} bits per dimension; {count} images")
+          f"{lvae.bits_per_dim(total, config):.4f} bits/dim; {count} images")
 
 # ---------------- metrics
 NETWORK = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -487,7 +487,7 @@ def bench(sampler, args):
     a, b = torch.randn(2, side, side, device=device).to(sampler.dtype)
     peak = 2 * side ** 3 / min(timed(lambda: a @ b, 1.0))  # FLOP/s of a large matrix product
     print(f"{args.source}: {sampler.size}x{sampler.size} images, w_mu {weights['mean_guidance']}, batch {n}, "
-          f"{str(sampler.dtype)[6:]}; {device}, peak {peak / 1e12:.3f} TFLOP/s (matrix product)")
+          f"{str(sampler.dtype)[6:]}; {device}, peak {peak / 1e12:.3f} TFLOP/s")
     print("stage     GFLOP per image   s per 1000 images    images/s  share of peak")
     costs = {name: np.array([count_flops(stage), np.median(timed(stage, args.seconds))]) / count
              for name, (stage, count) in stages.items()}

@@ -61,14 +61,14 @@ X, LABEL = seeded(1, 2, 4, 16, 16), torch.tensor([0, 1])
 
 def filled(module, rename=str):
     """Weights, a function of their names: those of the reference values."""
-    state = {rename(key): value for key, value in module.state_dict().items() if not key.endswith(".u")}
-    for key, value in state.items():
-        a = seeded(zlib.crc32(key.encode()), *value.shape)
-        state[key] = a / math.sqrt(a[0].numel()) if a.ndim > 1 else 0.1 * a + key.endswith("weight")
+    state = {rename(k): v for k, v in module.state_dict().items() if not k.endswith(".u")}
+    for k, v in state.items():
+        a = seeded(zlib.crc32(k.encode()), *v.shape)
+        state[k] = a / math.sqrt(a[0].numel()) if a.ndim > 1 else 0.1 * a + k.endswith("weight")
     return state
 
 def released_name(key):
-    """Our parameter's name in the authors' released weights."""
+    """Our parameter's name in the authors' weights."""
     for ours, theirs in (
             (r"\blevels\.(\d+)", r"layer_list.\1.layer_list"), ("qkv", "qkvproj"), ("embedding", "embed"),
             (r"encoder\.layer_list", "encoder.encoder_levels"), ("initial", "initial_x"),
@@ -83,7 +83,7 @@ def reference(config):
     return model, [seeded(1000 + i, 2, *shape) for i, shape in enumerate(model.latent_shapes())]
 
 def awake(config):
-    """A model whose zero-initialised and tiny layers have been given weights, and noise."""
+    """A model with no layer near zero, and noise."""
     torch.manual_seed(0)
     model = lvae.LVAE(config).eval()
     for p in model.parameters():
@@ -144,7 +144,7 @@ def prepared():
 
 @contextmanager
 def in_folder():
-    """Decorates a test that runs in a fresh folder with a copy of what is prepared."""
+    """Decorates a test, to run in a fresh folder with what is prepared."""
     with tempfile.TemporaryDirectory() as path, chdir(path):
         shutil.copytree(prepared().name, path, dirs_exist_ok=True)
         yield
@@ -186,7 +186,7 @@ def test_names_and_numbers_of_the_readme():
     names = "church bedroom-f4 bedroom-f8 bedroom-f16 imagenet church-rgb32 church-upsampler church-pixel"
     with torch.device("meta"):
         models = [lvae.LVAE(lvae.PRESETS[name]) for name in names.split()]
-    counts = [f"{sum(p.numel() for p in model.parameters()):,}" for model in models]
+    counts = [f"{sum(p.numel() for p in m.parameters()):,}" for m in models]
     assert counts == re.findall(r"\d{2,3},\d{3},\d{3}", README)
 
 def test_budgets():
@@ -211,7 +211,7 @@ def test_spectral_term():
     for _ in range(200):
         total = model(X, LABEL).spectral
     for side, layers in zip((1, 4, 8, 16), model.levels):
-        for conv in (layer for layer in layers.modules() if isinstance(layer, lvae.SpectralConv2d)):
+        for conv in (m for m in layers.modules() if isinstance(m, lvae.SpectralConv2d)):
             expected += side * torch.linalg.matrix_norm(conv.weight.flatten(1), 2)
     close(total, expected, 1e-3)
     close(*(torch.autograd.grad(value, conv.weight)[0] for value in (total, expected)), 0.03)
@@ -257,7 +257,7 @@ def test_generation():
     for config, label in ((TINY, None), (CLASSES, LABEL)):
         model, noise = awake(config)
         out = model(X, label, noise)
-        impose = [partial(lvae.whiten, latent.z) for latent in out.latents]
+        impose = [partial(lvae.whiten, l.z) for l in out.latents]
         for given in model.encode(X, label, noise), impose:
             close(model.generate(given, label, n=2), out.mean, 1e-4)
         cold = model.generate(noise, label, temperature=0.5)
@@ -317,10 +317,10 @@ def test_the_update():
             (1, 1, 1e9, 0.01, 2 / 11), (2, math.nan, 1e9, 0, 1), (1001, 1, 1e-9, 0, 1),
             (1000, 1, 1e-9, 1, 0.9), (1751, 1, 1e9, 0.25, 0.9)):
         model.config = replace(model.config, skip_threshold=limit)  # holds after step 1000
-        before = copy.deepcopy([part.state_dict() for part in parts])
+        before = copy.deepcopy([p.state_dict() for p in parts])
         stats = lvae.train_step(*parts, [(X * factor,)], step)
         close(ema.out_proj.weight, before[1]["out_proj.weight"].lerp(model.out_proj.weight, 1 - decay))
-        assert stats["skipped"] == (not rate) == same(before, [part.state_dict() for part in parts]), step
+        assert stats["skipped"] == (not rate) == same(before, [p.state_dict() for p in parts]), step
         assert same(list(ema.buffers()), list(model.buffers()))
         if rate:
             close([stats["lr"], optimizer.param_groups[0]["lr"]], [rate * TINY.lr] * 2)
@@ -354,7 +354,7 @@ def test_autoencoder_training():
     optimizers = dae.make_optimizers(parts, SMALL)
     for step, factor in ((1, 1), (2, math.nan), (3, 1)):
         assert dae.train_step(parts, optimizers, factor * x, noise, step)["skipped"] == (step == 2)
-        states += [copy.deepcopy([part.state_dict() for part in (ae, adversary, *optimizers.values())])]
+        states += [copy.deepcopy([p.state_dict() for p in (ae, adversary, *optimizers.values())])]
     assert same(states[0], states[1]) and not same(states[1], states[2])
     ae.quant_conv.bias.data[4:] = 99
     assert (ae.moments(x)[1] == 20).all()
@@ -450,7 +450,7 @@ def test_released_pipelines():
 
 # ---------------- commands
 def cells(path, rows, columns):
-    """The 32x32 images of a grid, which are enlarged, without the names above and to the left."""
+    """The 32x32 images of an enlarged grid, without its names."""
     picture = np.asarray(Image.open(path)).astype(int)[-rows * 130:, -columns * 130:]
     return picture.reshape(rows, 130, columns, 130, 3)[:, :128:4, :, :128:4].swapaxes(1, 2)
 
@@ -462,8 +462,8 @@ def test_samples_and_the_upsampling_stack():
                     "--temperature 0"):
         sampling(f"generate {RUN} --n 8 {options}")
         images.append(cells("samples.png", 2, 4).reshape(8, 32, 32, 3))  # four of each class
-    a, small_batch, bf16, seed, cold = images
-    assert near(a, small_batch) and near(a, bf16, 20) and not near(a, bf16, 0)
+    a, small, bf16, seed, cold = images
+    assert near(a, small) and near(a, bf16, 20) and not near(a, bf16, 0)
     assert not near(a, seed, 10) and near(cold[:4], cold[:1]) and not list(Path().glob("*tmp"))
     with np.load("a.npz") as file:
         order = [np.abs(a - image).max((1, 2, 3)).argmin() for image in file["arr_0"]]
@@ -482,38 +482,38 @@ def test_samples_and_the_upsampling_stack():
 @in_folder()
 def test_figures():
     def nats(out, x):
-        return lvae.distortions(out, x, sampler.config) + out.kl.sum(0)
-    sampler, images, x, label = begin()
+        return lvae.distortions(out, x, run.config) + out.kl.sum(0)
+    run, images, x, label = begin()
     pair = x[::10]
-    costs = [nats(sampler.infer(pair, guess), pair) for guess in (0, 1)]
+    costs = [nats(run.infer(pair, guess), pair) for guess in (0, 1)]
     own = torch.stack(costs).argmin(0)
-    assert own.tolist() == [sample.likeliest(sampler, latent) for latent in pair]
-    noise = sampler.posterior(pair, own)
-    ends, mixed = (sampler.images(eps, own) for eps in (noise, noise[:1] + sampler.noise(0, [0, 1])[1:]))
+    assert own.tolist() == [sample.likeliest(run, latent) for latent in pair]
+    noise = run.posterior(pair, own)
+    ends, mixed = (run.images(eps, own) for eps in (noise, noise[:1] + run.noise(0, [0, 1])[1:]))
     sampling(f"reconstruct {RUN} {A} {B} --groups 1")
-    assert near(cells("reconstructions.png", 4, 2), [images[::10], sampler.decode(pair), ends, mixed])
+    assert near(cells("reconstructions.png", 4, 2), [images[::10], run.decode(pair), ends, mixed])
     sampling(f"interpolate {RUN} {A} {B} --steps 3")
-    *middle, embedded = [(a[:1] + a[1:]) / 2 for a in (*noise, sampler.model.embedding(own))]
-    steps = [images[0], ends[0], *sampler.images(middle, embedded), ends[1], images[10]]
+    *middle, embedded = [(a[:1] + a[1:]) / 2 for a in (*noise, run.model.embedding(own))]
+    steps = [images[0], ends[0], *run.images(middle, embedded), ends[1], images[10]]
     assert near(cells("interpolation.png", 1, 5)[0], steps)
-    kl = sample.channel_kl(sampler.infer(sampler.generate(sampler.noise(0, range(64)), 0), 0))
+    kl = sample.channel_kl(run.infer(run.generate(run.noise(0, range(64)), 0), 0))
     channels = list(map(int, re.findall(r"channel (\d+)", sampling(f"manifold {RUN}"))))
     assert channels == kl[:2].argmax(1).tolist()
-    noise = sampler.noise(0, [0])
+    noise = run.noise(0, [0])
     noise[0][:, channels[0]], noise[1][:, channels[1]] = 2.25, -2.25
-    assert near(cells("manifold.png", 7, 7)[0, 6], sampler.images(noise, LABEL[:1])[0])
+    assert near(cells("manifold.png", 7, 7)[0, 6], run.images(noise, LABEL[:1])[0])
     torch.manual_seed(0)
-    out, said = sampler.model(x, label), sampling(f"rates {RUN}")
+    out, said = run.model(x, label), sampling(f"rates {RUN}")
     close(float(re.search(r"ELBO ([\d.]+)", said)[1]), nats(out, x).mean(), 1e-4)
     close(np.array(re.findall(r"^ +\d+ +\w+ +([\d.]+)", said, re.M), float), out.kl.mean(1), 1e-3)
-    drawn = sampler.latents(sampler.images(sampler.noise(0, [0]), LABEL[:1]))
+    drawn = run.latents(run.images(run.noise(0, [0]), LABEL[:1]))
     distances = (x - drawn).flatten(1).norm(dim=1).sort().values[:3]
     found = re.findall(r"png \((.*?)\)", sampling(f"neighbors {RUN} --n 1 --neighbors 3"))
     close(np.array(found, float), distances, 1e-3)
-    latents = sampler.infer(x[:1], label[:1]).latents
+    latents = run.infer(x[:1], label[:1]).latents
     with patch.object(lvae.LVAE, "generate", autospec=True, side_effect=lvae.LVAE.generate) as generate:
         sampling(f"outpaint {RUN} {A} --width 3")
-    given, shapes = generate.call_args.args[1], sampler.model.latent_shapes((16, 48))
+    given, shapes = generate.call_args.args[1], run.model.latent_shapes((16, 48))
     for eps, (_, _, z), shape in zip(given, latents, shapes, strict=True):  # z stands, whatever the prior
         prior = lvae.Gaussian(torch.randn(1, *shape), torch.rand(1, *shape) + 0.5)
         wide = prior.mean + prior.var.sqrt() * eps(prior)
@@ -552,14 +552,14 @@ def test_evaluation():
     close([row["FID"], row["precision"], row["recall"]], [fid, precision, recall], 1e-3)
     close(table("many.npz")["IS"], score, 1e-3)
     refused("inception-2015", sampling, "evaluate photos"), refused("arr_0", table, "latents.npz")
-    sampler, images, x, label = begin()
+    run, images, x, label = begin()
     table("photos --image-size 32 --export x.npz")
     options = "--label a --n 8 --mean-guidance 1.5 --temperature 0.7"
     sampling(f"generate {RUN} --npz samples.npz {options}")
-    rebuilt = sampler.images(sampler.posterior(x, label), label)
     for line, images in (
             ("photos --image-size 32", images), (f"{RUN} {options}", np.load("samples.npz")["arr_0"]),
-            (f"{RUN} --reconstruct autoencoder", sampler.decode(x)), (f"{RUN} --reconstruct lvae", rebuilt)):
+            (f"{RUN} --reconstruct autoencoder", run.decode(x)),
+            (f"{RUN} --reconstruct lvae", run.images(run.posterior(x, label), label))):
         np.savez("same.npz", arr_0=images)
         found, expected = (table(f"{of} --reference x.npz") for of in (line, "same.npz"))
         close([found["FID"], found["saturation"]], [expected["FID"], expected["saturation"]], 1e-3)
@@ -574,7 +574,7 @@ def test_bench():
     flops = []
     for options in ("--train 2 --mean-guidance 1", ""):
         said = sampling(f"bench {RUN} --batch 2 --seconds 0.01 {options}")
-        flops.append({name: float(number) for name, number in re.findall(r"^(\w+) +([\d.]+) ", said, re.M)})
+        flops.append({k: float(v) for k, v in re.findall(r"^(\w+) +([\d.]+) ", said, re.M)})
     guided, plain = flops
     assert 1.9 < guided["LVAE"] / plain["LVAE"] < 2.1 and guided["training"] > 3 * plain["LVAE"]
     close(plain["together"], plain["LVAE"] + plain["decoder"], 1e-3)

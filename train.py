@@ -45,7 +45,7 @@ from lvae import knob
 class Run:
     """What a run reads and writes. Also options: lvae.Config's fields and, as --dae-.., dae.Config's."""
     dataset: str = knob("toy", "preset, a column of Table 5")
-    data: str = knob("", "folder of images (sub-folders are classes), LSUN LMDB folder, or .npz of latents")
+    data: str = knob("", "folder of images (sub-folders are classes), LSUN LMDB, or .npz of latents")
     init: str = knob("", "checkpoint, or pipeline of the paper, whose model and autoencoder to begin with")
     dae: str = knob("", "first stage: FILE, kl-f8, .. (downloaded), train, none (pixels); else the preset's")
     dae_preset: str = knob("small-f4", "what --dae train trains")
@@ -275,7 +275,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
         """Part `mine` of a batch, with --flip half of it mirrored; for a bad image the next good one."""
         mirror = np.random.default_rng((run.seed, number)).random(config.batch)[mine] < run.flip / 2
         indices = batch_indices(run.seed, len(rows), config.batch, number)[mine]
-        good = [images.first_good(rows, index) for index in indices]
+        good = [images.first_good(rows, i) for i in indices]
         return [image[:, ::-1] if flip else image for image, flip in zip(good, mirror)]
     batches = read_ahead(batch, itertools.count(facts["step"]))
 
@@ -325,7 +325,7 @@ def read_latents(path, holdout):
 @torch.no_grad()
 def encode_all(run, ae, size, images, rows, device, dtype):
     """Encode all images, once -> Data. The latents, NaN for bad images, stay in OUT."""
-    sums = [value.cpu().double().sum().item() for value in ae.state_dict().values()]
+    sums = [v.cpu().double().sum().item() for v in ae.state_dict().values()]
     times = [os.path.getmtime(name) for name in [*images.names, f"{run.data}/data.mdb"]
              if os.path.isfile(name)]
     key = zlib.crc32(repr((images.names, times, size, run.flip, sums)).encode())
@@ -532,7 +532,7 @@ def resume(start, parts):
     for name in parts.keys() & start.keys():
         part, state = parts[name], start[name]
         with explained(f"the {name} of the checkpoint does not fit"):
-            state = {key: state[key] for key in part.state_dict()}  # adversaries once had statistics, too
+            state = {k: state[k] for k in part.state_dict()}  # adversaries once had statistics, too
             if isinstance(part, torch.optim.Optimizer):  # rate and implementation are this device's
                 state["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state)
