@@ -75,7 +75,7 @@ class Config:
     def f(self):
         return 2 ** (len(self.mult) - 1)
 
-# Rombach et al. (2022), Table 8 and the published configs; small-f4 is ours, for training on a laptop.
+# Rombach et al. (2022), Table 8 and the published configs; small-f4 is ours, for laptops.
 PRESETS = {
     "kl-f4": Config(z_channels=3, mult=(1, 2, 4)),
     "kl-f8": Config(),
@@ -255,8 +255,7 @@ def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=N
 def make_optimizers(parts, config):
     """Adam for each part: "dae", and perhaps "discriminator", then with LDM's betas."""
     betas = (0.5, 0.9) if "discriminator" in parts else (0.9, 0.99)
-    return {name: torch.optim.Adam(part.parameters(), config.lr, betas=betas, fused=True)
-            for name, part in parts.items()}
+    return {k: torch.optim.Adam(v.parameters(), config.lr, betas=betas, fused=True) for k, v in parts.items()}
 
 def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None, context=nullcontext()):
     """One update, in a context (autocast) -> statistics. No change if a gradient is not finite."""
@@ -518,14 +517,14 @@ def write(path, save):
 def save_safetensors(state, file):
     """Write a state_dict of float32 as load_safetensors reads it."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key, value in state.items():
-        begin, end = end, end + value.nbytes
-        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [begin, end]}
+    for k, v in state.items():
+        begin, end = end, end + v.nbytes
+        header[k] = {"dtype": "F32", "shape": list(v.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for value in state.values():
-        file.write(value.contiguous().numpy())
+    for v in state.values():
+        file.write(v.contiguous().numpy())
 
 def diffusers_config(config):
     """The config.json with which diffusers' AutoencoderKL or VQModel takes our weights."""
@@ -542,7 +541,7 @@ def info(path):
     """Say what a file is."""
     ae, (state, told) = load(path), find(read(path), path)
     fields = architecture(state)
-    like = [name for name, preset in PRESETS.items() if fields.items() <= vars(preset).items()] or ["none"]
+    like = [k for k, v in PRESETS.items() if fields.items() <= vars(v).items()] or ["none"]
     print(f"{'VQ' if ae.config.codebook else 'KL'} autoencoder, f = {ae.config.f}, as {like[0]}")
     print(", ".join(f"{k} {v}" for k, v in fields.items()))
     print(f"{sum(v.numel() for v in state.values()):,} parameters, {told}")

@@ -100,7 +100,7 @@ class Config:
 def resolutions(config):
     """Side of each level, finest first: halved to 4, then 1 (an upsampler's stop at its input's size)."""
     side, factor = config.resolution, config.upsample
-    sides = [side >> halvings for halvings in range((factor or side // 4).bit_length())]
+    sides = [side >> k for k in range((factor or side // 4).bit_length())]
     return sides if factor else sides + [1]
 
 def guidance_levels(config, weight):
@@ -584,7 +584,7 @@ def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, averag
     source, target = (model, ema) if good else (ema, model)  # ema holds the buffers of the last good step
     for old, new in zip(target.buffers(), source.buffers()):
         old.copy_(new)
-    stats = Loss(*(torch.stack(values).mean(0) for values in zip(*parts)))
+    stats = Loss(*(torch.stack(v).mean(0) for v in zip(*parts)))
     return stats._asdict() | {"grad_norm": norm, "skipped": not good, "lr": rate}
 
 # ---------------- the authors' weights

@@ -120,8 +120,8 @@ class Sampler:
             numbers |= {name.strip().lower(): i for i, name in enumerate(names)}
         for word in [text] if text in numbers else text.split(","):  # a name may have commas itself
             word = word.strip()
-            names = [word] if word in numbers else [name for name in numbers if name.startswith(word)]
-            found = {numbers[name] for name in names}
+            names = [word] if word in numbers else [n for n in numbers if n.startswith(word)]
+            found = {numbers[n] for n in names}
             require(len(found) == 1,
                     f"--label {word}: no such class, or several; known: .. {', '.join(numbers)[-300:]}")
             labels += found
@@ -296,7 +296,6 @@ def outpaint(sampler, args):
     """Figure 6: the latents from 4x4 up are widened to the right with fresh noise."""
     size = sampler.config.resolution, sampler.config.resolution * args.width
     images, x, label = next(encoded(sampler, args))
-    latents = sampler.infer(x, label).latents
 
     def around(z, fresh, prior):
         """A group's noise: fresh, but where the image stands what makes its z under the new prior."""
@@ -304,7 +303,7 @@ def outpaint(sampler, args):
         fresh[here] = lvae.whiten(z, lvae.Gaussian(prior.mean[here], prior.var[here]))
         return fresh
     fresh = sampler.noise(args.seed, range(len(x)), size)
-    noise = [partial(around, l.z, eps) for l, eps in zip(latents, fresh)]
+    noise = [partial(around, l.z, eps) for l, eps in zip(sampler.infer(x, label).latents, fresh)]
     wide = sampler.images(noise, label, n=len(x), size=size)  # (B, H, W, 3)
     save_grid(args.out, f"{len(wide)} images", list(zip(images, wide)), column_names=["image", "outpainted"])
 

@@ -261,15 +261,15 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
     if config.adversarial_weight:
         parts["discriminator"] = daes.Discriminator().to(device)
     optimizers = daes.make_optimizers(parts, config)
-    everything = parts | {f"{name}_optimizer": adam for name, adam in optimizers.items()}
+    saved = parts | {f"{name}_optimizer": adam for name, adam in optimizers.items()}
     wanted = wanted | {"dae_options": asdict(config)}
-    facts = {"run": wanted} | resume(begun(path, daes.read, wanted), everything)
+    facts = {"run": wanted} | resume(begun(path, daes.read, wanted), saved)
     perceptual = None
     with suppress(ImportError, OSError):  # no `lpips` package (Zhang et al., 2018), or not its weights
         if config.perceptual_weight:
             import lpips
             perceptual = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
-    say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips and its perceptual term"))
+    say(f"autoencoder f = {config.f}" + ("" if perceptual else ", without lpips' perceptual term"))
 
     def batch(number):
         """Part `mine` of a batch, with --flip half of it mirrored; for a bad image the next good one."""
@@ -290,7 +290,7 @@ def train_dae(run, config, size, images, rows, wanted, device, dtype):
         with torch.no_grad(), lvae.autocast(device, dtype):
             rebuilt = parts["dae"].decode(parts["dae"].encode(to_tensor(good).to(device)))
         save_picture(f"{run.out}/samples/dae_{step:06d}.png", [good, to_uint8(rebuilt)])
-    loop(run, "dae", config.steps, path, facts, everything, update, look)
+    loop(run, "dae", config.steps, path, facts, saved, update, look)
     return parts["dae"].eval()
 
 def read_ahead(read, items):
