@@ -161,7 +161,7 @@ def adapted(config, channels, resolution, num_classes):
     return replace(config, resolution=resolution, data_channels=channels, num_classes=num_classes, **lists)
 
 def normalise(h, config):
-    """Raw latents or 0..255 pixels h -> data of about unit variance (Section 3.1)."""
+    """Raw latents or 0..255 pixels h -> data of about unit variance, within +-4 (Section 3.1)."""
     return ((h - config.shift) / config.scale).clamp(-4, 4)
 
 def denormalise(x, config):
