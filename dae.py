@@ -42,7 +42,7 @@ class Config:
     """An autoencoder and its training."""
     z_channels: int = knob(4, "channels of the latent")
     width: int = knob(128, "channels at multiplier 1, a multiple of 32")
-    mult: tuple = knob((1, 2, 4, 4), "channel multiplier per level, finest first; f = 2^(levels - 1)")
+    mult: tuple = knob((1, 2, 4, 4), "channel multiplier per level; f = 2^(levels - 1)")
     blocks: int = knob(2, "residual blocks per encoder level; the decoder has one more")
     attention: tuple = knob((), "levels with attention after each block, 0 is the finest")
     mid_attention: bool = knob(True, "attention between the two middle blocks")
@@ -65,7 +65,7 @@ class Config:
                 and min(self.z_channels, self.blocks, self.batch, self.lr) > 0 and self.blocks <= 16
                 and 0 < len(self.mult) <= 12 and set(self.attention) <= set(range(len(self.mult)))
                 and all(c > 0 and c % 32 == 0 for c in self.widths)):
-            raise ValueError("expected sizes > 0, widths 32 n, 1-12 levels, attention in them, 1-16 blocks")
+            raise ValueError("dae: expected sizes > 0, widths 32n, levels 1-12, attention there, blocks 1-16")
 
     @property
     def widths(self):
@@ -311,7 +311,7 @@ class InertDict:
         return OrderedDict()  # torch puts items into real dicts only
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files before 1.6 begin
-UNWANTED = r"\d{20}|bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # many share a hash; names
+UNWANTED = r"\d{20}|bytearray|sparse|_rebuild_(?!tensor|parameter|from_type)"  # ints of one hash; names
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -503,7 +503,7 @@ def load(path):
 def write(path, save):
     """Write a file whole or not at all: `save(file)` fills a temporary one, which then takes the name."""
     draft = f"{path}.tmp"
-    with explained(f"{path}: cannot be written"):
+    with explained(f"{path}: cannot be made"):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         try:
             with open(draft, "wb") as file:

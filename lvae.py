@@ -22,7 +22,7 @@ and labels (N,), 0 to 7 (for others: `adapted`), after importing copy, torch, lv
     h = lvae.denormalise(x, config)                          # for the autoencoder's decoder
 
 Shapes: B batch, C data channels, c channels of a level (one resolution), z latent channels, L latent groups.
-Orders: a Config's tuples and `encoder.levels` are finest first, as in Table 5; all else is coarsest first.
+Orders: a Config's tuples, `resolutions`, the encoder are finest first, as Table 5; all else coarsest first.
 """
 import math
 from collections import namedtuple
@@ -49,10 +49,10 @@ class Config:
     num_classes: int = knob(0, "number of labels, 0: unconditional")
     first_stage: str = knob("kl-f8", "autoencoder: of dae.PRESETS, train, file, none (pixels), latents")
     shift: float = knob(0.0, "data are normalised to (h - shift) / scale", -math.inf)
-    scale: float = knob(1.0, "their standard deviation; 0: measure both on the data")
+    scale: float = knob(1.0, "divisor of (h - shift); 0: measure both on the data")
     width: int = knob(192, "channels of the top-down path, times mult", 1)
     encoder_width: int = knob(192, "channels of the bottom-up path, times mult", 1)
-    mult: tuple = knob((1, 1, 1, 1, 1), "channel multiplier per level, finest first", 1)
+    mult: tuple = knob((1, 1, 1, 1, 1), "channel multiplier per level", 1)
     ffn: tuple = knob((4, 4, 4, 4, 4), "expansion of the 1x1 convs per level; 0: none")
     groups: tuple = knob((8, 8, 8, 8, 8), "latent groups per level", 1)
     encoder_layers: tuple = knob((4, 4, 4, 4, 4), "encoder blocks per level", 1)
@@ -70,7 +70,7 @@ class Config:
     accumulate: int = knob(1, "batches per step", 1)
     lr: float = knob(2e-4, "learning rate of Adam", 1e-12)
     warmup: int = knob(100, "steps of linear warm-up")
-    lr_decay: float = knob(0.0, "share of the steps, the last, in which the rate falls to 0")
+    lr_decay: float = knob(0.0, "last share of the steps, in which the rate falls to 0")
     ema: float = knob(0.9999, "decay of the weights' average per step, reached gradually")
     skip_threshold: float = knob(300.0, "skip larger gradient norms per data dimension, after step 1000")
     steps: int = knob(250_000, "training steps")
@@ -283,7 +283,7 @@ def shrink(x, config):
 
 def level(make, count, first, c, i, config):
     """Level i: `count` blocks, counted from `first`, and attention after some, placed as in the released
-    weights. Of two at one place one is left: church's 4 layers for the 4 blocks of its encoder are 3."""
+    weights. Two at one place are one: church's 4 for the 4 blocks of its encoder are 3."""
     layers, attentions = nn.ModuleList(), config.attention_layers[i]
     positions = {round(count / (attentions + 1) * k) for k in range(1, attentions + 1)}
     for j in range(first, first + count):
@@ -369,7 +369,7 @@ class TopDownBlock(nn.Module):
         return self.shared_block(x, label), Latent(prior, posterior, z)
 
 # ---------------- the model
-# p(x|z): mean, logvar (B, C, H, W); KL per group (L, B), nats; penalty, unweighted; L Latents.
+# p(x|z): mean, logvar (B, C, H, W); KL per group (L, B), nats; spectral, unweighted; L Latents.
 Output = namedtuple("Output", "mean logvar kl spectral latents")
 
 class LVAE(nn.Module):

@@ -169,7 +169,7 @@ def find_images(sampler, args):
     return open_images(path, sampler.size)
 
 def encoded(sampler, args):
-    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches. A class is --label's, one or one each,
+    """(uint8 images, latents (B, C, h, w), labels (B,)) of batches. A class is --label's (of all, or each),
     else the sub-folder (in their order if the model knows no names), else the likeliest."""
     images, count = find_images(sampler, args), sampler.config.num_classes
     if count and args.label:
@@ -263,8 +263,8 @@ def reconstruct(sampler, args):
     save_grid(args.out, f"{len(rows['original'])} images", list(rows.values()), row_names=list(rows))
 
 def interpolate(sampler, args):
-    """Figure 5: a path between images through whitened noise and the label's embedding; its ends are their
-    reconstructions. With a hierarchical prior this is Section 5.2's future work."""
+    """Figure 5: a path between two images through whitened noise and the label's embedding.
+    Its ends are reconstructions. With a hierarchical prior this is Section 5.2's future work."""
     pair, x, label = next(encoded(sampler, args))
     require(len(pair) == 2, "expected two good images in one --batch")
     steps, embedding = torch.linspace(0, 1, args.steps, device=x.device), sampler.model.embedding
@@ -293,7 +293,7 @@ def manifold(sampler, args):
     save_grid(args.out, what, rows, row_names=marks, column_names=marks)
 
 def outpaint(sampler, args):
-    """Figure 6: the latents from 4x4 up are widened to the right with fresh noise."""
+    """Figure 6: latents of one --batch, from 4x4 up, are widened with fresh noise."""
     size = sampler.config.resolution, sampler.config.resolution * args.width
     images, x, label = next(encoded(sampler, args))
 
@@ -309,8 +309,8 @@ def outpaint(sampler, args):
 
 # ---------------- the rate of every group
 def rates(sampler, args):
-    """KL of every latent group and level, its target (where its weight is 1), active channels (mean KL above
-    0.01 nats); distortion, negative ELBO."""
+    """KL of every latent group and level, its target (where its weight is 1), distortion, negative ELBO.
+    Active channels: mean KL above 0.01 nats."""
     config, kl, distortion, count = sampler.config, 0, 0.0, 0
     torch.manual_seed(args.seed)
     for _, x, label in encoded(sampler, args):
@@ -421,7 +421,7 @@ def evaluate(sampler, args):
     """Table 3: FID, IS, precision, recall as guided-diffusion's evaluator; saturation (footnote 2)."""
     device, reference, row = setup(args.device)[0], {}, {}
     network = load_network(args.features, device)
-    size = args.image_size or (sampler.out_size if sampler else 0)
+    size = args.image_size or ((sampler.size if args.reconstruct else sampler.out_size) if sampler else 0)
     if args.reference:
         reference = statistics(args.reference, network, args.batch, size)
     if sampler:
@@ -444,7 +444,7 @@ def evaluate(sampler, args):
         say(f"{args.export}: statistics of {args.source}")
 
 def neighbors(sampler, args):
-    """Figure 8: samples, and the training images nearest to them in latent space or in --features."""
+    """Figure 8: samples, and the images of --data nearest to them in latent space or in --features."""
     images, labels = find_images(sampler, args), even_labels(sampler.labels(args.label), args.n)
     network = load_network(args.features, sampler.device) if args.features else None
 
@@ -468,40 +468,45 @@ def neighbors(sampler, args):
 
 # ---------------- speed (Table 4)
 def bench(sampler, args):
-    """Table 4: seconds per 1000 images, FLOP, and the share of the device's fastest matrix product."""
-    config, device, n, most = sampler.config, sampler.device, args.batch, max(args.batch, args.train or 0)
+    """Table 4: seconds per 1000 images, FLOP, and the share of the fastest matrix product."""
+    config, device, most = sampler.config, sampler.device, max(args.batch, args.train or 0)
     x = torch.randn(most, config.data_channels, config.resolution, config.resolution, device=device)
-    low_res = lvae.shrink(x[:n], config) if config.upsample else None
     label, weights = even_labels(sampler.labels(args.label), most), guidance(sampler, args)
-    draw = partial(sampler.generate, sampler.noise(0, range(n)), label[:n], low_res=low_res, **weights)
-    stages = {"LVAE": (draw, n), "decoder": (partial(sampler.decode, x[:n]), n)}
+    noise = sampler.noise(0, range(args.batch))
+
+    def draw(n):
+        low_res = lvae.shrink(x[:n], config) if config.upsample else None
+        sampler.generate([eps[:n] for eps in noise], label[:n], low_res=low_res, **weights)
+
+    def update(n):
+        lvae.train_step(*state, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
+    stages = {"LVAE": (draw, args.batch), "decoder": (lambda n: sampler.decode(x[:n]), args.batch)}
     if args.train:
         model = lvae.place(lvae.LVAE(config).train(), device)
         state = model, copy.deepcopy(model).eval(), lvae.make_optimizer(model)
         if args.compile:
             model.compile(dynamic=False)
-        some = x[:args.train], sampler.known(label[:args.train])
-        stages["training"] = partial(lvae.train_step, *state, [some], 1, sampler.dtype), args.train
+        stages["training"] = update, args.train
     side = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device).to(sampler.dtype)
     peak = 2 * side ** 3 / min(timed(lambda: a @ b, 1.0))  # FLOP/s of a large matrix product
-    print(f"{args.source}: {sampler.size}x{sampler.size} images, w_mu {weights['mean_guidance']}, batch {n}, "
-          f"{str(sampler.dtype)[6:]}; {device}, peak {peak / 1e12:.3f} TFLOP/s")
+    print(f"{args.source}: {sampler.size}x{sampler.size} images, w_mu {weights['mean_guidance']}, batch "
+          f"{args.batch}, {str(sampler.dtype)[6:]}; {device}, peak {peak / 1e12:.3f} TFLOP/s")
     print("stage     GFLOP per image   s per 1000 images    images/s  share of peak")
-    costs = {name: np.array([count_flops(stage), np.median(timed(stage, args.seconds))]) / count
-             for name, (stage, count) in stages.items()}
+    costs = {name: np.array([count_flops(stage), np.median(timed(partial(stage, n), args.seconds)) / n])
+             for name, (stage, n) in stages.items()}
     costs["together"] = costs["LVAE"] + costs["decoder"]
     for name, (flop, seconds) in costs.items():
         print(f"{name:9} {flop / 1e9:15.4g} {1000 * seconds:19.2f} {1 / seconds:11.2f} "
               f"{flop / seconds / peak:14.1%}")
 
 def count_flops(stage):
-    """The floating-point operations of a call, 2 per multiplication with addition."""
+    """The floating-point operations of stage(1), 2 per multiplication with addition."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     eager = torch.compiler.set_stance("force_eager")  # what is compiled cannot be counted
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), eager:
-        stage()
+        stage(1)
     return counter.get_total_flops()
 
 def timed(function, budget):
@@ -522,17 +527,17 @@ def at_least(low, kind=int, several=False):
 positive, amount, weights = at_least(1), at_least(0, float), at_least(-math.inf, float, several=True)
 OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), default, help
     "images": (list, None, "images, folders"),
-    "--label": (str, None, "classes by name, beginning or number, by commas; none (all; the images' own)"),
+    "--label": (str, None, "names, their beginnings, numbers or none, by commas (all; the images' own)"),
     "--mean-guidance": (weights, None, "w_mu, or A,B,.. per level, coarsest first (0; ImageNet 1.5)"),
-    "--variance-guidance": (weights, None, "w_sigma, likewise (0; ImageNet 3, without any w_mu)"),
+    "--variance-guidance": (weights, None, "w_sigma, likewise (0; ImageNet 3); given one, the other is 0"),
     "--temperature": (amount, 1.0, "factor of every prior's std, but an upsampler's"),
     "--upsampler": (str, None, "an upsampler's checkpoint, to enlarge the samples"),
-    "--n": (positive, None, "how many images (for torchrun: --samples)"),
-    "--out": (str, None, "the picture, .png, .jpg or .webp"),
+    "--n": (positive, None, "how many images"),
+    "--out": (str, None, "the picture"),
     "--npz": (str, None, "arr_0 uint8 (N, H, W, 3), shuffled; arr_1 labels"),
     "--groups": (at_least(1, several=True), None, "also with only the first k latent groups: one or more k"),
     "--steps": (at_least(2), None, "images per axis, ends included"),
-    "--width": (positive, 2, "in images"),
+    "--width": (positive, 2, "images wide"),
     "--data": (str, None, "folder of images, LSUN LMDB, or toy (what it was trained on)"),
     "--features": (str, None, f"TorchScript network, such as {NETWORK}"),
     "--reference": (str, None, ".npz (mu and sigma, arr_0, or both) or folder of images"),
@@ -545,7 +550,7 @@ OPTIONS = {  # kind (a tuple is a choice, bool a switch, list one or more), defa
     "--device": (str, "auto", "cuda, mps, cpu, .."),
     "--precision": (("auto", "bf16", "fp32"), "auto", "of the convs; auto: bf16 if the device has it"),
     "--compile": (bool, False, "torch.compile: takes minutes"),
-    "--dae": (str, None, "autoencoder file, instead of the checkpoint's")}
+    "--dae": (str, None, "autoencoder, instead of the checkpoint's")}
 COMMON = "--batch --seed --device --precision --compile --dae"
 GUIDED = "--label --mean-guidance --variance-guidance --temperature"
 COMMANDS = {  # options, some with another default

@@ -191,7 +191,7 @@ def test_names_and_numbers_of_the_readme():
 
 def test_budgets():
     """A change pays for what it adds: lines, bytes, width, length of functions, `raise`s."""
-    budgets, raises = {"lvae": 606, "dae": 590, "train": 815, "sample": 597, "test_lvae": 767}, 0
+    budgets, raises = {"lvae": 606, "dae": 590, "train": 815, "sample": 602, "test_lvae": 767}, 0
     for name, lines in budgets.items():
         text = (HERE / f"{name}.py").read_text()
         assert len(text.splitlines()) <= lines and max(map(len, text.splitlines())) <= 110, name

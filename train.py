@@ -57,7 +57,7 @@ class Run:
     seed: int = knob(0, "of weights, order and noise")
     device: str = knob("auto", "cuda, cuda:1, mps, cpu, xla, ...")
     precision: str = knob("auto", "auto: bf16 where the hardware has it")
-    compile: str = knob("auto", "torch.compile; auto: on CUDA, for 500 steps or more")
+    compile: str = knob("auto", "of the LVAE; auto: on CUDA, for 500 steps or more")
     log_every: int = knob(20, "steps between lines of log.jsonl")
     every: int = knob(500, "steps between checkpoints, evaluations and sample grids")
 
@@ -445,7 +445,7 @@ def relabel(images, classes, what):
     """Number the images' classes as in `classes`, by name."""
     strange = sorted(set(images.classes) - set(classes))
     require(images.classes and not strange,
-            f"{what}: sub-folders are {strange[:1] or 'fewer than two'}, expected {classes[:5]} ..")
+            f"{what}: sub-folders are {strange[:1] or 'no classes'}, expected {classes[:5]} ..")
     images.labels = np.array([classes.index(name) for name in images.classes])[images.labels]
     images.classes = classes
 
@@ -655,7 +655,7 @@ def parse(argv):
     choices = {"precision": ("auto", "bf16", "fp32"), "compile": ("auto", "yes", "no"),
                "dataset": lvae.PRESETS, "dae_preset": daes.PRESETS}
     for title, prefix, kind in kinds:
-        section = parser.add_argument_group(title, "" if kind is Run else "defaults: the preset's")
+        section = parser.add_argument_group(title, "" if kind is Run else "finest first; else the preset's")
         for f in fields(kind):
             more = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": values},
                     str: {"choices": choices.get(f.name)}}.get(type(f.default), {"type": type(f.default)})
@@ -673,7 +673,7 @@ def parse(argv):
     require(0 <= run.holdout < 1 and min(run.image_size, run.seed) >= 0 and min(run.log_every, run.every) > 0,
             "--holdout: a share, below 1; --log-every, --every: from 1 up; other numbers: from 0 up")
     require(run.data or run.dataset.startswith("toy"),
-            f"{run.dataset} needs --data, say http://dl.yf.io/lsun/scenes' church_outdoor_train_lmdb")
+            f"{run.dataset} needs --data, as http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip")
     require(os.path.realpath(run.data or "/") != os.path.realpath(run.out), "--out may not be --data")
     require(not for_images or not run.data.endswith(".npz"),
             "--flip, --val, --image-size, --dae train and none are not for an .npz of latents")
