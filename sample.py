@@ -45,7 +45,7 @@ class Sampler:
             names = (Path(__file__).parent / "assets/imagenet_classes.txt").read_text("utf-8").splitlines()
         count = self.config.num_classes
         self.classes = [*names[:count], *map(str, range(len(names), count)), "none"]
-        self.model = daes.fill(lambda: lvae.LVAE(self.config), state["ema"], path)
+        self.model = daes.fill(lambda: lvae.LVAE(self.config), state.pop("ema"), path)
         self.dae = daes.load(dae) if dae else autoencoder_of(state, path)
         require(self.dae and self.dae.config.z_channels == self.config.data_channels,
                 f"{path} needs an autoencoder of {self.config.data_channels} channels: --dae FILE")
