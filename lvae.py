@@ -49,7 +49,7 @@ class Config:
     num_classes: int = knob(0, "number of labels, 0: unconditional")
     first_stage: str = knob("kl-f8", "autoencoder: of dae.PRESETS, train, file, none (pixels), latents")
     shift: float = knob(0.0, "data are normalised to (h - shift) / scale", -math.inf)
-    scale: float = knob(1.0, "divisor of (h - shift); 0: measure both on the data")
+    scale: float = knob(1.0, "divisor of (h - shift); 0: train.py measures both")
     width: int = knob(192, "channels of the top-down path, times mult", 1)
     encoder_width: int = knob(192, "channels of the bottom-up path, times mult", 1)
     mult: tuple = knob((1, 1, 1, 1, 1), "channel multiplier per level", 1)
@@ -282,8 +282,8 @@ def shrink(x, config):
     return F.interpolate(x, scale_factor=1 / config.upsample, mode="bilinear", antialias=True)
 
 def level(make, count, first, c, i, config):
-    """Level i: `count` blocks, counted from `first`, and attention after some, placed as in the released
-    weights. Two at one place are one: church's 4 for the 4 blocks of its encoder are 3."""
+    """Level i: `count` blocks, numbered from `first`, and attention after those in `positions`, as released.
+    Positions that round alike are one: 4 layers for church's 4 encoder blocks make 3."""
     layers, attentions = nn.ModuleList(), config.attention_layers[i]
     positions = {round(count / (attentions + 1) * k) for k in range(1, attentions + 1)}
     for j in range(first, first + count):
@@ -553,9 +553,9 @@ def make_optimizer(model):
     return torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.9), **kind)
 
 def train_step(model, ema, optimizer, batches, step, dtype=torch.float32, average=None):
-    """One update, step = 1, 2, ..: Adam and the average, or no change if the gradient is out of bounds.
-    batches: config.accumulate tuples of `forward`'s arguments; dtype: of the convs; average(tensors) puts
-    their mean over all processes into them. Returns named statistics."""
+    """One update, step = 1, 2, ..: Adam, then `ema`; no change if the gradient is out of bounds. batches:
+    config.accumulate tuples of `forward`'s arguments; dtype: the convs'; average(tensors) puts their mean
+    over all processes into them. Returns Loss's fields, grad_norm, skipped, lr."""
     config, device = model.config, batches[0][0].device
     optimizer.zero_grad()
     parts = []
