@@ -111,7 +111,7 @@ class Sampler:
             return torch.as_tensor(label, device=self.device)
 
     def labels(self, text):
-        """Classes by commas, each a name, its unique beginning, a number or none -> numbers; None: all."""
+        """Classes by commas: names, beginnings, numbers or none -> numbers; None: all."""
         if not text:
             return list(range(self.config.num_classes or 1))
         text, labels = text.strip().lower(), []
@@ -141,7 +141,7 @@ def even_labels(classes, n):
     return np.array(classes)[np.sort(np.arange(n) % len(classes))]
 
 def draw_all(sampler, args, labels):
-    """(Numbers, uint8 images) of batches of samples with labels (N,), under torchrun of a share."""
+    """Batches (numbers, uint8 images) of samples with labels (N,), under torchrun a share."""
     (rank, count), n, weights = world(), len(labels), guidance(sampler, args)
     starts = range(0, n, args.batch)[rank::count]
     for start in tqdm(starts, "sampling", unit="batch", disable=n <= args.batch or rank > 0):
@@ -160,7 +160,7 @@ def batches(images, batch, limit=None):
     require(len(images.bad) < n, "no usable image")
 
 def find_images(sampler, args):
-    """The images named, or those of --data, or those that the model was trained on."""
+    """The images named, or of --data, or of the model's training."""
     if "images" in args:
         files = [file for path in args.images for file in list_images(path) or [path]]
         return Images(files, lambda i: read_image(files[i], sampler.size))
@@ -387,7 +387,7 @@ def described(parts, network):
     known = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     return known | {"mu": known["features"].mean(0, dtype=np.float64),
                     "sigma": np.cov(known["features"], rowvar=False, dtype=np.float64),
-                    "saturation": np.mean(saturation)}
+                    "saturation": np.mean(saturation), "side": len(images[0])}
 
 def statistics(path, network, batch, size):
     """What `described` says, of an .npz or a folder. A reference batch has its mu and sigma."""
@@ -406,7 +406,7 @@ def statistics(path, network, batch, size):
     return described(np.split(images, range(batch, len(images), batch)), network) | given
 
 def made(sampler, args):
-    """Batches of samples, or of what the autoencoder, alone or with the LVAE, makes of --data."""
+    """Batches of samples, or of what autoencoder or LVAE make of --data."""
     if args.reconstruct == "autoencoder":
         parts = batches(find_images(sampler, args), args.batch, args.n)
         return (sampler.decode(sampler.latents(images)) for _, images in parts)
@@ -427,7 +427,7 @@ def evaluate(sampler, args):
     if sampler:
         found = described(made(sampler, args), network)
     else:
-        found = statistics(args.source, network, args.batch, size)
+        found = statistics(args.source, network, args.batch, size or int(reference.get("side", 0)))
     with explained("--reference: expected statistics of the same --features"):
         if reference:
             row["FID"] = frechet(found["mu"], found["sigma"], reference["mu"], reference["sigma"])

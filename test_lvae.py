@@ -557,7 +557,7 @@ def test_evaluation():
     options = "--label a --n 8 --mean-guidance 1.5 --temperature 0.7"
     sampling(f"generate {RUN} --npz samples.npz {options}")
     for line, images in (
-            ("photos --image-size 32", images), (f"{RUN} {options}", np.load("samples.npz")["arr_0"]),
+            ("photos", images), (f"{RUN} {options}", np.load("samples.npz")["arr_0"]),
             (f"{RUN} --reconstruct autoencoder", run.decode(x)),
             (f"{RUN} --reconstruct lvae", run.images(run.posterior(x, label), label))):
         np.savez("same.npz", arr_0=images)
