@@ -278,8 +278,9 @@ class Resample(nn.Module):
         return self.conv(F.avg_pool2d(x, self.pool) if self.pool else F.interpolate(x, size, mode="nearest"))
 
 def shrink(x, config):
-    """An upsampler's input in training: x (B, C, H, W) -> (B, C, H/f, W/f)."""
-    return F.interpolate(x, scale_factor=1 / config.upsample, mode="bilinear", antialias=True)
+    """An upsampler's input in training: x (B, C, H, W) -> (B, C, H/f, W/f). None for other models."""
+    if config.upsample:
+        return F.interpolate(x, scale_factor=1 / config.upsample, mode="bilinear", antialias=True)
 
 def level(make, count, first, c, i, config):
     """Level i: `count` blocks, numbered from `first`, and attention after those in `positions`, as released.
@@ -405,8 +406,7 @@ class LVAE(nn.Module):
         config, n = self.config, len(x)
         if drop_label is None and self.training:
             drop_label = torch.rand(n, device=x.device) < config.label_dropout
-        if config.upsample and low_res is None:
-            low_res = shrink(x, config)
+        low_res = shrink(x, config) if low_res is None else low_res
         true_label = self._embed(label, n)
         evidence = [(features, true_label) for features in reversed(self.encoder(x, true_label))]
         label = self._embed(label, n, drop_label)

@@ -255,7 +255,7 @@ def reconstruct(sampler, args):
     for images, x, label in encoded(sampler, args):
         numbers = len(rows["original"]) + np.arange(len(x))
         noise, drawn = sampler.posterior(x, label), sampler.noise(args.seed, numbers)
-        low_res = lvae.shrink(x, sampler.config) if sampler.config.upsample else None
+        low_res = lvae.shrink(x, sampler.config)
         rows["original"].extend(images)
         rows["autoencoder"].extend(sampler.decode(x))
         for name, k in kept.items():  # the other groups are drawn
@@ -475,17 +475,17 @@ def bench(sampler, args):
     noise = sampler.noise(0, range(args.batch))
 
     def draw(n):
-        low_res = lvae.shrink(x[:n], config) if config.upsample else None
+        low_res = lvae.shrink(x[:n], config)
         sampler.generate([eps[:n] for eps in noise], label[:n], low_res=low_res, **weights)
-
-    def update(n):
-        lvae.train_step(*state, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
     stages = {"LVAE": (draw, args.batch), "decoder": (lambda n: sampler.decode(x[:n]), args.batch)}
     if args.train:
         model = lvae.place(lvae.LVAE(config).train(), device)
         state = model, copy.deepcopy(model).eval(), lvae.make_optimizer(model)
         if args.compile:
             model.compile(dynamic=False)
+
+        def update(n):
+            lvae.train_step(*state, [(x[:n], sampler.known(label[:n]))], 1, sampler.dtype)
         stages["training"] = update, args.train
     side = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(2, side, side, device=device).to(sampler.dtype)

@@ -236,7 +236,7 @@ def save_pictures(run, model, ae, data, step, device):
     """Held-out images, their reconstructions, and samples: eight of each class, guided if they can be."""
     config, held = model.config, data.held if len(data.held) else data.train
     x, label = load_batch(data, held[np.linspace(0, len(held) - 1, 8).astype(int)], config, device)
-    low_res, rebuilt = lvae.shrink(x, config) if config.upsample else None, model(x, label).mean
+    low_res, rebuilt = lvae.shrink(x, config), model(x, label).mean
     rows, names, guidance = 1 if config.upsample else min(config.num_classes, 10) or 8, [], {}
     if config.num_classes and not config.upsample:
         label, names = torch.arange(rows, device=device).repeat_interleave(8), data.classes[:rows]
@@ -329,7 +329,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
     times = [os.path.getmtime(name) for name in [*images.names, f"{run.data}/data.mdb"]
              if os.path.isfile(name)]
     key = zlib.crc32(repr((images.names, times, size, run.flip, sums)).encode())
-    path, side = f"{run.out}/latents_{key}.npy", size // ae.config.f
+    path, side = f"{run.out}/latents_{key:016x}.npy", size // ae.config.f
     shape = len(images.names), 1 + run.flip, ae.config.z_channels, side, side  # (N, views, C, h, w)
     batch = max(1, 64 ** 3 // size ** 2)
     parts = np.split(np.arange(shape[0]), range(batch, shape[0], batch))
@@ -348,7 +348,7 @@ def encode_all(run, ae, size, images, rows, device, dtype):
             h[[image is None or not np.isfinite(row).all() for row, image in zip(h, part)]] = np.nan
             file.write(h.astype(np.float16).tobytes())
     if world()[0] == 0 and not os.path.exists(path):
-        for old in glob.glob(f"{glob.escape(run.out)}/latents_*.npy"):
+        for old in glob.glob(f"{glob.escape(run.out)}/latents_{16 * '[0-9a-f]'}.npy"):  # no user's
             os.remove(old)
         with suppress(KeyboardInterrupt):
             daes.write(path, save)
