@@ -245,7 +245,7 @@ def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=N
         if average:
             average(gradients)
         ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)  # as in VQGAN (Esser et al., 2021)
-        weight = config.adversarial_weight * ratio.clamp(0, 1e4)
+        weight = config.adversarial_weight * ratio.clamp(0, 0.05 * x[0].numel())  # 1e4 at 256x256
         real, fake = discriminator(x).float(), discriminator(rec.detach()).float()  # (B, 1, h, w)
         hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         losses = {"dae": losses["dae"] + weight * adversarial, "discriminator": hinge}
@@ -274,8 +274,8 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
     lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
     skipped = not math.isfinite(norm)
     if not skipped:
-        for name in losses:
-            optimizers[name].param_groups[0]["lr"] = lr
+        for name in losses:  # at small-f4's rate an adversary learns nothing
+            optimizers[name].param_groups[0]["lr"] = lr if name == "dae" else min(lr, 2e-4)
             optimizers[name].step()
     return {"loss": losses["dae"].detach(), **terms, "grad_norm": norm, "skipped": skipped, "lr": lr}
 
@@ -414,7 +414,7 @@ DIFFUSERS = [("mid.block_1.", "mid_block.resnets.0."), ("mid.block_2.", "mid_blo
              (".norm_out.", ".conv_norm_out."), (".norm.", ".group_norm."), (".q.", ".to_q."),
              (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),  # and in older files:
              (".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
-FIRST = "encoder.conv_in.weight"                    # every autoencoder has it, in both namings
+FIRST = "encoder.conv_in.weight"                    # every autoencoder has it
 LEVEL = re.compile(r"^(decoder\.up\w*\.)(\d{1,3})")  # of the decoder: diffusers counts from the other end
 
 def translate(state, to_diffusers):

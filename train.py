@@ -751,7 +751,7 @@ def landmark(name, rng, wall, roof, gap):
                     (gap, 0, 0, 0.13, 0.2, "arch")]
     elif name == "lighthouse":
         edges = np.linspace(0, 1, rng.choice((6, 8)))
-        for paint, low, high in zip((wall, roof) * 4, edges, edges[1:]):  # the stripes of a tapering tower
+        for paint, low, high in zip((wall, roof) * 4, edges, edges[1:]):
             yield paint, 0, 0.72 * low, 0.5 - 0.2 * low, 0.72 * (high - low), (5 - 2 * high) / (5 - 2 * low)
         yield from [(roof, 0, 0.72, 0.44, 0.05), (gap, 0, 0.77, 0.26, 0.11),
                     (roof, 0, 0.88, 0.36, 0.12, "dome")]
@@ -799,7 +799,7 @@ def toy(index, size=64):
         height, swell, phase, pace = rng.uniform((0.04, 0.02, 0, 3), (0.1, 0.05, 6.3, 8))
         ridge = horizon + rise * (height + swell * np.sin(phase + pace * across))
         brush.draw.polygon(brush.pixels([(0, horizon), *zip(across, ridge), (1, horizon)]), fill=hill)
-    front.ellipse(shadow, 0.12, 0, breadth, 0.12)  # on the ground
+    front.ellipse(shadow, 0.12, 0, breadth, 0.12)
     gap = (255, 214, 110) if sum(light) < 2.7 and rng.random() < 0.7 else dark  # lamps, unless by day
     for solid in landmark(name, rng, paints[:2], paints[2:], (gap, gap)):
         front.solid(*solid)
