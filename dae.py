@@ -51,7 +51,7 @@ class Config:
     post_quant_conv: bool = knob(True, "1x1 convolution before the decoder, likewise")
     # training (KL autoencoders)
     batch: int = knob(12, "images per training step")
-    lr: float = knob(5.4e-5, "learning rate of Adam (LDM: 4.5e-6 x batch), falls to 0 in the last third")
+    lr: float = knob(5.4e-5, "Adam's rate (LDM: 4.5e-6 x batch; adversary <= 2e-4), to 0 in the last third")
     steps: int = knob(250_000, "training steps")
     kl_weight: float = knob(1e-6, "weight of the KL to N(0, 1), summed over the latent")
     edge_weight: float = knob(0.0, "weight of the L1 of the error's differences between neighbours")
@@ -245,7 +245,7 @@ def training_losses(ae, x, noise, discriminator=None, perceptual=None, average=N
         if average:
             average(gradients)
         ratio = gradients[0].norm() / (gradients[1].norm() + 1e-4)  # as in VQGAN (Esser et al., 2021)
-        weight = config.adversarial_weight * ratio.clamp(0, 0.05 * x[0].numel())  # 1e4 at 256x256
+        weight = config.adversarial_weight * ratio.clamp(0, 0.05 * x[0].numel())  # LDM: 1e4
         real, fake = discriminator(x).float(), discriminator(rec.detach()).float()  # (B, 1, h, w)
         hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
         losses = {"dae": losses["dae"] + weight * adversarial, "discriminator": hinge}
@@ -274,7 +274,7 @@ def train_step(parts, optimizers, x, noise, step, perceptual=None, average=None,
     lr = config.lr * min(step / 100, 1, 3 * (config.steps - step + 1) / config.steps)
     skipped = not math.isfinite(norm)
     if not skipped:
-        for name in losses:  # at small-f4's rate an adversary learns nothing
+        for name in losses:  # an adversary learns nothing at 1e-3
             optimizers[name].param_groups[0]["lr"] = lr if name == "dae" else min(lr, 2e-4)
             optimizers[name].step()
     return {"loss": losses["dae"].detach(), **terms, "grad_norm": norm, "skipped": skipped, "lr": lr}

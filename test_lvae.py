@@ -308,7 +308,6 @@ def test_training_as_the_docstring_has_it():
     assert names["h"].shape == h.shape and (again - x).square().mean() < 0.5
 
 def test_the_update():
-    """Rate and average are of the step; one that is skipped leaves no trace."""
     model = awake(replace(TINY, ema=0.9, lr_decay=0.5, steps=2000))[0].train()
     parts = model, ema, optimizer = model, copy.deepcopy(model).eval(), lvae.make_optimizer(model)
     ema.out_proj.weight.data.zero_()
@@ -335,15 +334,14 @@ def test_accumulation_is_a_larger_batch():
 
 def test_autoencoder_training():
     torch.manual_seed(0)
-    ae = dae.Autoencoder(replace(SMALL, kl_weight=0.5, edge_weight=2.0, adversarial_start=1, lr=0.1))
+    ae = dae.Autoencoder(replace(SMALL, kl_weight=0.5, edge_weight=2.0, adversarial_start=1, lr=0.01))
     adversary, x = dae.Discriminator(16), torch.rand(2, 3, 32, 32) * 2 - 1
-    adversary[-1].weight.data *= 50  # a ratio below the bound
+    adversary[-1].weight.data *= 50
     noise, seen, states = seeded(0, 2, 4, 16, 16), [], []
     mean, logvar = ae.moments(x)
-    std = (0.5 * logvar).exp()
-    rec = ae.decode(mean + std * noise)
+    rec = ae.decode(mean + (0.5 * logvar).exp() * noise)
     loss, hinge = dae.training_losses(ae, x, noise, adversary, F.mse_loss, average=seen.extend)[0].values()
-    kl = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).sum() / 2
+    kl = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum() / 2
     adversarial = -0.5 * seen[0].norm() / (seen[1].norm() + 1e-4) * adversary(rec).mean()
     edges = sum((x - rec).diff(dim=dim).abs().sum() for dim in (2, 3))  # twice the weight, two images
     close(loss, 3072 * (F.l1_loss(x, rec) + F.mse_loss(x, rec)) + edges + 0.5 * kl + adversarial, 1e-4)
@@ -351,14 +349,16 @@ def test_autoencoder_training():
     assert set(torch.autograd.grad(hinge, ae.parameters(), allow_unused=True)) == {None}
     parts = {"dae": ae, "discriminator": adversary}
     optimizers = dae.make_optimizers(parts, SMALL)
-    adversary[-1].weight.data.zero_()  # above
+    adversary[-1].weight.data.zero_()  # the bound tells
     for step, factor in ((1, 1), (2, math.nan), (3, 1)):
         stats = dae.train_step(parts, optimizers, factor * x, noise, step)
         assert stats["skipped"] == (step == 2)
         states += [copy.deepcopy([p.state_dict() for p in (ae, adversary, *optimizers.values())])]
     assert same(states[0], states[1]) and not same(states[1], states[2])
     close(stats["adversarial_weight"], 0.5 * 0.05 * 3072)
-    assert optimizers["discriminator"].param_groups[0]["lr"] == 2e-4
+    assert [[a["param_groups"][0]["lr"] for a in s[2:]] for s in states[::2]] == [[1e-4] * 2, [3e-4, 2e-4]]
+    ae.quant_conv.bias.data[4:] = 99
+    assert (ae.moments(x)[1] == 20).all()
 
 # ---------------- files
 @in_folder()
@@ -563,7 +563,7 @@ def test_evaluation():
         found, expected = (table(f"{of} --reference x.npz") for of in (line, "same.npz"))
         close([found["FID"], found["saturation"]], [expected["FID"], expected["saturation"]], 1e-3)
     with patch.object(sample.Sampler, "draw", autospec=True, side_effect=sample.Sampler.draw) as draw:
-        table(f"{RUN} --n 16")  # classes are mixed
+        table(f"{RUN} --n 16")
     assert sum(draw.call_args.args[3]) == 8 and np.abs(np.diff(draw.call_args.args[3])).sum() > 1
     refused("--image-size", table, "photos/a --reference photos/b")
     refused("no image found", table, "run --image-size 32")  # its grids are no samples
