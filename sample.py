@@ -394,7 +394,7 @@ def statistics(path, network, batch, size):
     if not path.endswith(".npz"):
         require(size, f"{path}: compared at which --image-size?")
         known = described((some for _, some in batches(open_images(path, size), batch)), network)
-        if "probabilities" in known:  # sorted, and the Inception Score goes by parts
+        if "probabilities" in known:  # sorted, and the IS goes by parts
             known["probabilities"] = np.random.default_rng(0).permutation(known["probabilities"])
         return known
     with explained(f"{path}: expected arr_0, uint8 (N, H, W, 3), or mu and sigma"), np.load(path) as file:
@@ -414,7 +414,7 @@ def made(sampler, args):
         parts = encoded(sampler, args)
         return (sampler.images(sampler.posterior(x, label), label) for _, x, label in parts)
     labels = even_labels(sampler.labels(args.label), args.n)
-    labels = np.random.default_rng(args.seed).permutation(labels)
+    labels = np.random.default_rng(args.seed).permutation(labels)  # the IS goes by parts
     return (images for _, images in draw_all(sampler, args, labels))
 
 def evaluate(sampler, args):

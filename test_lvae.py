@@ -100,7 +100,7 @@ def same(a, b):
     a, b = (list(filter(torch.is_tensor, tree_leaves(some))) for some in (a, b))
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
-def near(a, b, limit=1):  # uint8 images that are the same, but for rounding
+def near(a, b, limit=1):  # uint8, the same but for rounding
     return np.allclose(a, b, rtol=0, atol=limit)
 
 def quiet(main, line):
@@ -336,7 +336,7 @@ def test_autoencoder_training():
     torch.manual_seed(0)
     ae = dae.Autoencoder(replace(SMALL, kl_weight=0.5, edge_weight=2.0, adversarial_start=1, lr=0.01))
     adversary, x = dae.Discriminator(16), torch.rand(2, 3, 32, 32) * 2 - 1
-    adversary[-1].weight.data *= 50
+    adversary[-1].weight.data *= 50  # ratio below the bound
     noise, seen, states = seeded(0, 2, 4, 16, 16), [], []
     mean, logvar = ae.moments(x)
     rec = ae.decode(mean + (0.5 * logvar).exp() * noise)
@@ -349,7 +349,7 @@ def test_autoencoder_training():
     assert set(torch.autograd.grad(hinge, ae.parameters(), allow_unused=True)) == {None}
     parts = {"dae": ae, "discriminator": adversary}
     optimizers = dae.make_optimizers(parts, SMALL)
-    adversary[-1].weight.data.zero_()  # the bound tells
+    adversary[-1].weight.data.zero_()  # ratio above it
     for step, factor in ((1, 1), (2, math.nan), (3, 1)):
         stats = dae.train_step(parts, optimizers, factor * x, noise, step)
         assert stats["skipped"] == (step == 2)
